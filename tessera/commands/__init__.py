@@ -1,0 +1,1 @@
+"""What each `tessera` subcommand does; only the command line imports it."""

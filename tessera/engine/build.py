@@ -1,0 +1,87 @@
+"""From settings to a running engine: the one file that knows every layer."""
+
+from __future__ import annotations
+
+import torch
+
+from tessera.config import EngineConfig
+from tessera.engine.engine import Engine
+from tessera.errors import ConfigError
+from tessera.log import logger
+from tessera.model.registry import load_spec
+from tessera.model.source import ModelSource, find_model
+from tessera.model.spec import ModelSpec
+from tessera.runner.device import choose_device, choose_dtype, device_name, dtype_name
+from tessera.runner.executor import Capacity, Executor
+from tessera.scheduler.pages import PagePool
+from tessera.scheduler.scheduler import Scheduler, SchedulerLimits
+from tessera.types import EngineInfo
+
+
+def build_engine(config: EngineConfig, *, progress: bool = False) -> Engine:
+    """Load the model and return an engine that is ready; raises a TesseraError that says why it cannot.
+
+    `progress` shows a bar while weights are read.
+    """
+    config.check()
+    source = find_model(config.model)
+    spec = load_spec(source)
+    _check_context(config, spec)
+    device = choose_device(config.device.device)
+    dtype = choose_dtype(config.model.dtype, spec.dtype, device)
+    if device.type == "cpu" and dtype is torch.float16:
+        logger.warning("float16 on a CPU is emulated and many times slower than float32: use --dtype float32")
+    if config.device.cpu_threads is not None:
+        torch.set_num_threads(config.device.cpu_threads)
+    budget = config.scheduler.resolve_budget(device.type)
+    executor = Executor(config, source, spec, device, dtype)
+    capacity = executor.start(max_num_batched_tokens=budget, progress=progress)
+    resolved = config.resolve(
+        device=device.type,
+        dtype=dtype_name(dtype),
+        max_model_len=capacity.max_model_len,
+        page_size=capacity.page_size,
+    )
+    scheduler = _build_scheduler(resolved, capacity, spec)
+    info = _describe(resolved, capacity, source, spec, device_name(device))
+    return Engine(executor, scheduler, info, config.model.seed)
+
+
+def _check_context(config: EngineConfig, spec: ModelSpec) -> None:
+    wanted = config.model.max_model_len
+    if wanted is not None and wanted > spec.max_position:
+        raise ConfigError(
+            f"--max-model-len {wanted} is more than the {spec.max_position} positions the model was made for",
+            f"use --max-model-len {spec.max_position} or less",
+        )
+
+
+def _build_scheduler(config: EngineConfig, capacity: Capacity, spec: ModelSpec) -> Scheduler:
+    limits = SchedulerLimits(
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=config.scheduler.resolve_budget(config.device.device),
+        max_model_len=capacity.max_model_len,
+        page_size=capacity.page_size,
+        prefix_caching=config.cache.enable_prefix_caching,
+    )
+    return Scheduler(limits, PagePool(capacity.num_pages), frozenset(spec.eos_token_ids))
+
+
+def _describe(
+    config: EngineConfig, capacity: Capacity, source: ModelSource, spec: ModelSpec, device: str
+) -> EngineInfo:
+    return EngineInfo(
+        model=config.model.served_model_name or source.name,
+        architecture=spec.architecture,
+        dtype=config.model.dtype,
+        device=device,
+        vocab_size=spec.vocab_size,
+        max_model_len=capacity.max_model_len,
+        eos_token_ids=list(spec.eos_token_ids),
+        page_size=capacity.page_size,
+        num_pages=capacity.num_pages,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=config.scheduler.resolve_budget(config.device.device),
+        attention=capacity.attention,
+        load_seconds=capacity.load_seconds,
+    )

@@ -1,0 +1,82 @@
+"""The engine: requests in, tokens out, one step at a time."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tessera.engine.check import check_request
+from tessera.scheduler.scheduler import Scheduler
+from tessera.types import EngineInfo, EngineStatus, Output, Request, Sequence, Step, StepResult
+
+
+class StepExecutor(Protocol):
+    """What the engine asks of the layer below."""
+
+    def run(self, step: Step) -> StepResult:
+        """Compute one step."""
+
+
+class Engine:
+    """Schedules and runs the steps of all requests; token ids only, no text.
+
+    Not thread-safe: one caller. After an exception out of `step` the engine must not be used again.
+    """
+
+    def __init__(self, executor: StepExecutor, scheduler: Scheduler, info: EngineInfo, seed: int = 0) -> None:
+        self.info = info
+        self._executor, self._scheduler, self._seed = executor, scheduler, seed
+        self._num_requests = 0
+        self._num_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is running or waiting."""
+        return self._scheduler.num_running + self._scheduler.num_waiting > 0
+
+    def add(self, request: Request) -> None:
+        """Queue a request; RequestError, and nothing queued, where it can never be served."""
+        check_request(request, self.info)
+        params = request.params
+        # Requests without a seed differ from one another, and repeat when the engine is run again.
+        seed = params.seed if params.seed is not None else hash((self._seed, self._num_requests))
+        self._num_requests += 1
+        for index in range(params.n):
+            wants_prompt = params.prompt_logprobs is not None and index == 0
+            self._scheduler.add(
+                Sequence(
+                    request_id=request.request_id,
+                    index=index,
+                    token_ids=list(request.prompt_token_ids),
+                    num_prompt_tokens=len(request.prompt_token_ids),
+                    params=params,
+                    seed=(seed + index) % 2**64,
+                    prompt_logprobs=[None] if wants_prompt else [],
+                )
+            )
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Drop a request, or one of its sequences; its pages are free at once. Unknown ids are no error."""
+        self._scheduler.abort(request_id, index)
+
+    def step(self) -> list[Output]:
+        """Compute one step and return what it added; [] where there is no work."""
+        step = self._scheduler.schedule()
+        if not step.num_tokens:
+            return []
+        self._num_steps += 1
+        return self._scheduler.commit(step, self._executor.run(step))
+
+    def status(self) -> EngineStatus:
+        """The counters as they stand between two steps."""
+        scheduler, counters = self._scheduler, self._scheduler.counters
+        return EngineStatus(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            pages_total=scheduler.pool.num_pages,
+            pages_free=scheduler.pool.num_available,
+            steps=self._num_steps,
+            preemptions=counters.preemptions,
+            prompt_tokens=counters.prompt_tokens,
+            cached_prompt_tokens=counters.cached_prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+        )

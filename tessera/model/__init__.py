@@ -1,0 +1,1 @@
+"""The networks: what a checkpoint says, its weights, its forward pass."""

@@ -1,0 +1,53 @@
+"""The attention half of a layer: projections and rotation; the attention itself is the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tessera.model.layers.linear import Linear
+from tessera.model.layers.norm import RMSNorm
+from tessera.model.layers.parameter import Placement
+from tessera.model.layers.rope import Rotation, rotate
+from tessera.model.spec import ModelSpec
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q, k, v) -> [tokens, q_heads, head_dim]; q has that shape, k and v [tokens, kv_heads, head_dim].
+
+All three are views whose heads lie together (last stride 1) but whose tokens are further apart."""
+
+
+class Attention(nn.Module):
+    """Projects to q, k and v, turns q and k to their positions, attends, and projects back.
+
+    It knows nothing of pages, windows or scale: `attend` does.
+    """
+
+    def __init__(self, spec: ModelSpec, layer: int, placement: Placement) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = spec.head_dim
+        self.num_heads = (spec.num_q_heads, spec.num_kv_heads)
+        num_outputs = (spec.num_q_heads + 2 * spec.num_kv_heads) * spec.head_dim
+        self.qkv = Linear(spec.hidden_size, num_outputs, bias=spec.qkv_bias, placement=placement)
+        self.output = Linear(
+            spec.num_q_heads * spec.head_dim, spec.hidden_size, bias=spec.output_bias, placement=placement
+        )
+        self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps, placement) if spec.qk_norm else None
+        self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps, placement) if spec.qk_norm else None
+
+    def forward(self, hidden: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
+        """[tokens, hidden_size] -> [tokens, hidden_size]"""
+        heads = self.qkv(hidden).view(hidden.shape[0], -1, self.head_dim)
+        num_q_heads, num_kv_heads = self.num_heads
+        both, v = heads.split((num_q_heads + num_kv_heads, num_kv_heads), 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = both.split(self.num_heads, 1)
+            both = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
+        if rotation is not None:
+            both = rotate(both, rotation)
+        q, k = both.split(self.num_heads, 1)
+        output: Tensor = self.output(attend(self.layer, q, k, v).flatten(1))
+        return output

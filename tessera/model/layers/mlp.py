@@ -1,0 +1,53 @@
+"""The feed-forward half of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tessera.model.layers.linear import Linear
+from tessera.model.layers.parameter import Placement
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_new": partial(functional.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
+"""Hugging Face's name -> the function."""
+
+
+class GatedMLP(nn.Module):
+    """down(activation(gate(x)) * up(x)), with gate and up as one product (SwiGLU, arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, size: int, activation: str, *, bias: bool, placement: Placement) -> None:
+        super().__init__()
+        self.gate_up = Linear(hidden_size, 2 * size, bias=bias, placement=placement)
+        self.down = Linear(size, hidden_size, bias=bias, placement=placement)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[tokens, hidden_size] -> [tokens, hidden_size]"""
+        gate, up = self.gate_up(hidden).chunk(2, -1)
+        output: Tensor = self.down(self.activation(gate) * up)
+        return output
+
+
+class MLP(nn.Module):
+    """down(activation(up(x)))"""
+
+    def __init__(self, hidden_size: int, size: int, activation: str, *, bias: bool, placement: Placement) -> None:
+        super().__init__()
+        self.up = Linear(hidden_size, size, bias=bias, placement=placement)
+        self.down = Linear(size, hidden_size, bias=bias, placement=placement)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[tokens, hidden_size] -> [tokens, hidden_size]"""
+        output: Tensor = self.down(self.activation(self.up(hidden)))
+        return output

@@ -1,0 +1,48 @@
+"""Normalisation, computed in fp32 whatever the type of the activations."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tessera.model.layers.parameter import Placement
+
+
+class RMSNorm(nn.Module):
+    """Scales vectors to a root mean square of 1, then by a learned weight (arXiv 1910.07467).
+
+    In half types this rounds once, at the end; transformers rounds before the weight as well.
+    """
+
+    weight: nn.Parameter
+    """[size]"""
+
+    def __init__(self, size: int, eps: float, placement: Placement) -> None:
+        super().__init__()
+        self.weight = placement.empty(size)
+        self.shape = (size,)
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., size] -> [..., size]"""
+        return functional.rms_norm(hidden, self.shape, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Shifts vectors to mean 0 and scales them to variance 1, then by learned weight and bias."""
+
+    weight: nn.Parameter
+    """[size]"""
+    bias: nn.Parameter
+    """[size]"""
+
+    def __init__(self, size: int, eps: float, placement: Placement) -> None:
+        super().__init__()
+        self.weight = placement.empty(size)
+        self.bias = placement.empty(size)
+        self.shape = (size,)
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., size] -> [..., size]"""
+        return functional.layer_norm(hidden, self.shape, self.weight, self.bias, self.eps)

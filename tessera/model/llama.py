@@ -1,0 +1,97 @@
+"""Llama and the families that differ from it in numbers only: Mistral, Qwen2, Qwen3.
+
+What differs is in the spec: windows (Mistral, Qwen), bias of q, k and v (Qwen2), normalised heads (Qwen3).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tessera.model.language_model import Attend, LanguageModel, fused_slots, linear_slots
+from tessera.model.layers.attention import Attention
+from tessera.model.layers.embedding import Embedding, Head
+from tessera.model.layers.mlp import GatedMLP
+from tessera.model.layers.norm import RMSNorm
+from tessera.model.layers.parameter import Placement
+from tessera.model.layers.rope import RotaryEmbedding, Rotation
+from tessera.model.spec import ModelSpec, Rope
+
+
+class LlamaLayer(nn.Module):
+    """Attention, then a gated MLP, each on normalised input and added to what came in."""
+
+    def __init__(self, spec: ModelSpec, layer: int, placement: Placement) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(spec.hidden_size, spec.norm_eps, placement)
+        self.attention = Attention(spec, layer, placement)
+        self.mlp_norm = RMSNorm(spec.hidden_size, spec.norm_eps, placement)
+        self.mlp = GatedMLP(
+            spec.hidden_size, spec.intermediate_size, spec.activation, bias=spec.mlp_bias, placement=placement
+        )
+
+    def forward(self, hidden: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        """[tokens, hidden_size] -> [tokens, hidden_size]"""
+        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, attend)
+        output: Tensor = hidden + self.mlp(self.mlp_norm(hidden))
+        return output
+
+    def slots(self, prefix: str) -> dict[str, Tensor]:
+        """The weights of a layer under the names that transformers gives them."""
+        attention, mlp = self.attention, self.mlp
+        qkv_names = tuple(f"{prefix}self_attn.{name}_proj" for name in ("q", "k", "v"))
+        q_size, k_size = (heads * attention.head_dim for heads in attention.num_heads)
+        gate_up_names = (f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj")
+        slots: dict[str, Tensor] = {
+            f"{prefix}input_layernorm.weight": self.attention_norm.weight,
+            f"{prefix}post_attention_layernorm.weight": self.mlp_norm.weight,
+            **fused_slots(qkv_names, (q_size, k_size, k_size), attention.qkv),
+            **linear_slots(f"{prefix}self_attn.o_proj", attention.output),
+            **fused_slots(gate_up_names, (mlp.gate_up.weight.shape[0] // 2,) * 2, mlp.gate_up),
+            **linear_slots(f"{prefix}mlp.down_proj", mlp.down),
+        }
+        if attention.q_norm is not None and attention.k_norm is not None:
+            slots[f"{prefix}self_attn.q_norm.weight"] = attention.q_norm.weight
+            slots[f"{prefix}self_attn.k_norm.weight"] = attention.k_norm.weight
+        return slots
+
+
+class Llama(LanguageModel):
+    """Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3, dense."""
+
+    prefix = "model."
+    ignored = r"rotary_emb\.inv_freq$"
+
+    def __init__(self, spec: ModelSpec, placement: Placement) -> None:
+        super().__init__(spec)
+        self.embedding = Embedding(spec.vocab_size, spec.hidden_size, placement)
+        self.rope = RotaryEmbedding(_rope_of(spec), spec.head_dim, placement.device)
+        self.layers = nn.ModuleList(LlamaLayer(spec, layer, placement) for layer in range(spec.num_layers))
+        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps, placement)
+        self.head = Head(self.embedding, tied=spec.tie_word_embeddings, placement=placement)
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """See LanguageModel.forward."""
+        hidden: Tensor = self.embedding(token_ids)
+        rotation = self.rope(positions, hidden.dtype)
+        for layer in self.layers:
+            hidden = layer(hidden, rotation, attend)
+        output: Tensor = self.norm(hidden)
+        return output
+
+    def slots(self) -> dict[str, Tensor]:
+        """See LanguageModel.slots."""
+        slots: dict[str, Tensor] = {
+            "model.embed_tokens.weight": self.embedding.weight,
+            "model.norm.weight": self.norm.weight,
+        }
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, LlamaLayer)
+            slots |= layer.slots(f"model.layers.{index}.")
+        if not self.spec.tie_word_embeddings:
+            slots["lm_head.weight"] = self.head.weight
+        return slots
+
+
+def _rope_of(spec: ModelSpec) -> Rope:
+    assert spec.rope is not None, "every family served here has rotary positions"
+    return spec.rope

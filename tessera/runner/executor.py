@@ -1,0 +1,174 @@
+"""The executor: brings a model and its cache into memory, then runs steps.
+
+One rank today. The scheduler above it sees `start` and `run` only, so that more ranks need no change
+there.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tessera.attention.choose import build_attention
+from tessera.attention.contract import Shape
+from tessera.attention.step import Attention
+from tessera.config import EngineConfig
+from tessera.errors import CapacityError
+from tessera.log import logger
+from tessera.model.language_model import LanguageModel
+from tessera.model.registry import load_model, num_weight_bytes
+from tessera.model.source import ModelSource
+from tessera.model.spec import ModelSpec
+from tessera.runner import memory
+from tessera.runner.device import capability
+from tessera.runner.runner import Runner
+from tessera.types import AttentionChoice, SamplingParams, Sequence, Step, StepResult
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What `start` found out: how much fits, and what will compute it."""
+
+    num_pages: int
+    page_size: int
+    max_model_len: int
+    attention: list[AttentionChoice]
+    load_seconds: float
+
+
+class Executor:
+    """Runs the steps of one model on one device."""
+
+    def __init__(
+        self, config: EngineConfig, source: ModelSource, spec: ModelSpec, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._config, self._source, self._spec = config, source, spec
+        self._device, self._dtype = device, dtype
+        self._runner: Runner | None = None
+
+    def start(self, *, max_num_batched_tokens: int, progress: bool) -> Capacity:
+        """Load the weights, choose attention, size the cache by what is left, and allocate it.
+
+        Raises ModelError, BackendError or CapacityError.
+        """
+        started = time.perf_counter()
+        attention, page_size, choices = build_attention(
+            self._config.attention, self._layer_shapes(), self._config.cache.page_size
+        )
+        num_bytes = num_weight_bytes(self._spec, self._dtype, self._device)
+        memory.check_weights_fit(num_bytes, self._device, self._memory_share())
+        model = load_model(
+            self._spec,
+            self._source,
+            dtype=self._dtype,
+            device=self._device,
+            load_format=self._config.model.load_format,
+            seed=self._config.model.seed,
+            progress=progress,
+        )
+        load_seconds = time.perf_counter() - started
+        usable = self._usable_bytes(model, attention, page_size, max_num_batched_tokens)
+        num_pages, max_model_len = self._num_pages(usable, page_size)
+        k_pages, v_pages = self._allocate(num_pages, page_size, self._spec.num_layers)
+        self._runner = Runner(model, attention, k_pages, v_pages, self._device)
+        return Capacity(num_pages, page_size, max_model_len, choices, load_seconds)
+
+    def run(self, step: Step) -> StepResult:
+        """Compute one step; `start` has returned."""
+        if self._runner is None:
+            raise RuntimeError("run() before start()")
+        return self._runner.run(step)
+
+    def _layer_shapes(self) -> list[Shape]:
+        spec = self._spec
+        return [
+            Shape(
+                num_q_heads=spec.num_q_heads,
+                num_kv_heads=spec.num_kv_heads,
+                head_dim=spec.head_dim,
+                scale=spec.scale,
+                dtype=self._dtype,
+                device_type=self._device.type,
+                capability=capability(self._device),
+                window=window,
+            )
+            for window in spec.windows
+        ]
+
+    def _memory_share(self) -> float:
+        """The share of free memory that the weights may take: on a CPU some must be left for the cache."""
+        return self._config.cache.gpu_memory_utilization if self._device.type == "cuda" else 0.9
+
+    def _num_pages(self, usable_bytes: int, page_size: int) -> tuple[int, int]:
+        """Pages to allocate, and the longest sequence; an explicit --max-model-len or --num-pages is kept."""
+        config, position_limit = self._config, self._spec.max_position
+        wanted = config.model.max_model_len or position_limit
+        if config.cache.num_pages is not None:
+            num_pages = config.cache.num_pages
+            memory.check_pages_fit(num_pages * self._page_bytes(page_size), num_pages, self._device)
+        else:
+            useful = config.scheduler.max_num_seqs * -(-wanted // page_size)
+            least = wanted if config.model.max_model_len else min(wanted, page_size)
+            num_pages = memory.num_pages_that_fit(usable_bytes, self._page_bytes(page_size), useful, least, page_size)
+        fits = num_pages * page_size
+        if fits < wanted and config.model.max_model_len:
+            raise CapacityError(
+                f"--num-pages {num_pages} of {page_size} tokens cannot hold one sequence of {wanted} tokens",
+                f"use --num-pages {-(-wanted // page_size)} or --max-model-len {fits}",
+            )
+        if fits < wanted:
+            logger.warning("the model takes %d tokens, memory has room for %d: the context is %d", wanted, fits, fits)
+        return num_pages, min(wanted, fits)
+
+    def _page_bytes(self, page_size: int) -> int:
+        spec = self._spec
+        return spec.num_layers * 2 * page_size * spec.num_kv_heads * spec.head_dim * self._dtype.itemsize
+
+    def _allocate(self, num_pages: int, page_size: int, num_layers: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Pools of zeros: masked slots are multiplied by 0, which must not meet NaN in memory never written."""
+        shape = (num_pages, page_size, self._spec.num_kv_heads, self._spec.head_dim)
+        pools = [[_zeros(shape, self._dtype, self._device) for _ in range(num_layers)] for _ in range(2)]
+        return pools[0], pools[1]
+
+    def _usable_bytes(self, model: LanguageModel, attention: Attention, page_size: int, max_tokens: int) -> int:
+        """Bytes the cache may take: on CUDA what the largest step leaves, on a CPU a share of free RAM."""
+        cache = self._config.cache
+        if self._device.type != "cuda":
+            return int(memory.free_memory_bytes(self._device) * cache.cpu_memory_utilization)
+        total = torch.cuda.mem_get_info(self._device)[1]
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        self._run_largest_step(model, attention, page_size, max_tokens)
+        activations = torch.cuda.max_memory_allocated(self._device) - before
+        torch.cuda.empty_cache()
+        taken = total - memory.free_memory_bytes(self._device)
+        return int(total * cache.gpu_memory_utilization) - taken - activations
+
+    def _run_largest_step(self, model: LanguageModel, attention: Attention, page_size: int, max_tokens: int) -> None:
+        """Run a step as large as any will be, with sampling, over one layer's worth of scratch pages."""
+        num_seqs = min(self._config.scheduler.max_num_seqs, max_tokens)
+        length = min(max(1, max_tokens // num_seqs), self._spec.max_position)
+        pages_each = -(-length // page_size)
+        k_pages, v_pages = self._allocate(num_seqs * pages_each, page_size, 1)
+        num_layers = self._spec.num_layers
+        runner = Runner(model, attention, k_pages * num_layers, v_pages * num_layers, self._device)
+        params = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=1)
+        sequences = [
+            Sequence("profile", i, [0] * length, length, params, i, list(range(i * pages_each, (i + 1) * pages_each)))
+            for i in range(num_seqs)
+        ]
+        runner.run(Step(dict.fromkeys(sequences, length)))
+        torch.cuda.synchronize(self._device)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU memory that the system hands out when it is first touched, where torch.zeros touches all."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)

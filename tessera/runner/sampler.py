@@ -1,0 +1,153 @@
+"""Sampling: from logits to one token a sequence.
+
+A row's result depends on that row alone: its logits, its parameters, its seed and how many tokens it
+has, never on what else is in the batch, on preemption or on the order of steps. So the random number
+is a hash of (seed, position), not the state of a generator, and the token is found by inverting the
+cumulative distribution over the vocabulary in its own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+import torch
+from torch import Tensor
+
+from tessera.types import Sequence, TokenLogprobs
+
+_TOP_P_SHORTLIST = 1024
+"""Most likely tokens that are looked at before the whole vocabulary is sorted for top-p."""
+
+
+class Sampler:
+    """Samples the next token of each sequence; `eos_token_ids` are held back until `min_tokens`."""
+
+    def __init__(self, eos_token_ids: Items[int]) -> None:
+        self._eos_token_ids = list(eos_token_ids)
+
+    def sample(self, logits: Tensor, sequences: Items[Sequence]) -> tuple[list[int], dict[Sequence, TokenLogprobs]]:
+        """The sampled token ids, and logprobs of the sequences that asked for them.
+
+        logits  [sequences, vocab] float32; overwritten
+        """
+        wanting = [(row, s) for row, s in enumerate(sequences) if s.params.logprobs is not None]
+        logprobs = logits[[row for row, _ in wanting]].log_softmax(-1) if wanting else None
+        for row, sequence in enumerate(sequences):
+            self._adjust(logits[row], sequence)
+        token_ids = self._choose(logits, sequences)
+        if logprobs is None:
+            return token_ids, {}
+        chosen = [token_ids[row] for row, _ in wanting]
+        tops = [s.params.logprobs or 0 for _, s in wanting]
+        found = token_logprobs(logprobs, chosen, tops)
+        return token_ids, {sequence: entry for (_, sequence), entry in zip(wanting, found)}
+
+    def _adjust(self, row: Tensor, sequence: Sequence) -> None:
+        """Apply bias, penalties and `min_tokens` to one row of logits, in place."""
+        params = sequence.params
+        if params.has_penalties:
+            _penalise(row, sequence)
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=row.device)
+            row.index_add_(0, ids, torch.tensor(list(params.logit_bias.values()), device=row.device, dtype=row.dtype))
+        if sequence.num_output_tokens < params.min_tokens:
+            held_back = params.stop_token_ids + ([] if params.ignore_eos else self._eos_token_ids)
+            row[held_back] = -torch.inf
+
+    def _choose(self, logits: Tensor, sequences: Items[Sequence]) -> list[int]:
+        random = [row for row, s in enumerate(sequences) if not s.params.greedy]
+        if not random:
+            return _as_ids(logits.argmax(-1))
+        chosen = logits.argmax(-1)
+        rows = random if len(random) < len(sequences) else slice(None)
+        chosen[rows] = _sample_random(logits[rows], [sequences[row] for row in random])
+        return _as_ids(chosen)
+
+
+def token_logprobs(logprobs: Tensor, token_ids: Items[int], tops: Items[int]) -> list[TokenLogprobs]:
+    """One entry a row: the log-probability and rank of its token, and its `tops[row]` most likely tokens.
+
+    logprobs  [rows, vocab]
+    """
+    ids = torch.tensor(token_ids, device=logprobs.device)
+    own = logprobs.gather(1, ids[:, None])
+    ranks = _as_ids((logprobs > own).sum(-1) + 1)
+    values, indices = (part.tolist() for part in logprobs.topk(max(1, *tops)))
+    return [
+        TokenLogprobs(token_id, logprob, rank, list(zip(top_ids[:top], top_values[:top])))
+        for token_id, logprob, rank, top, top_ids, top_values in zip(
+            token_ids, own[:, 0].tolist(), ranks, tops, indices, values
+        )
+    ]
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on `seed` and `position` alone: two rounds of SplitMix64's mixer.
+
+    Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014. A multiple of 2^-32.
+    """
+    mixed = _mix64((_mix64(seed) + position * 0x9E3779B97F4A7C15) & _MASK64)
+    return (mixed >> 32) * 2.0**-32
+
+
+_MASK64 = 2**64 - 1
+
+
+def _mix64(value: int) -> int:
+    value = (value + 0x9E3779B97F4A7C15) & _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
+
+
+def _penalise(row: Tensor, sequence: Sequence) -> None:
+    params, vocab_size = sequence.params, row.shape[0]
+    tokens = torch.tensor(sequence.token_ids, device=row.device)
+    if params.repetition_penalty != 1:
+        seen = torch.unique(tokens)
+        values = row[seen]
+        row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if sequence.num_output_tokens and (params.presence_penalty or params.frequency_penalty):
+        counts = torch.bincount(tokens[sequence.num_prompt_tokens :], minlength=vocab_size)
+        row -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+
+
+def _sample_random(logits: Tensor, sequences: Items[Sequence]) -> Tensor:
+    """Token ids [rows] int64 of rows with a temperature; logits [rows, vocab] float32."""
+    params, device = [s.params for s in sequences], logits.device
+    temperatures = torch.tensor([p.temperature for p in params], device=device, dtype=logits.dtype)
+    # Before dividing, or a low temperature would overflow: the softmax is the same.
+    shifted = logits - logits.amax(-1, keepdim=True)
+    probs = (shifted / temperatures[:, None]).softmax(-1)
+    if any(p.min_p > 0 for p in params):
+        floor = torch.tensor([p.min_p for p in params], device=device, dtype=probs.dtype)
+        probs = probs * (probs >= floor[:, None] * probs.amax(-1, keepdim=True))
+    truncated = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
+    for row in truncated:
+        probs[row] *= probs[row] >= _truncation_floor(probs[row], params[row].top_k, params[row].top_p)
+    draws = [uniform(s.seed, s.num_output_tokens) for s in sequences]
+    # float64, or the tail of a large vocabulary would be lost in rounding.
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    targets = torch.tensor(draws, device=device, dtype=torch.float64)[:, None] * cumulative[:, -1:]
+    # The first entry above the target: a token of probability 0 adds nothing and is never it.
+    # Clamped, because NaN logits of a model that overflowed must not end the engine for everybody else.
+    return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp_(max=probs.shape[1] - 1)
+
+
+def _truncation_floor(probs: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The least probability that top-k, and then top-p over what top-k leaves, keep; probs [vocab]."""
+    vocab_size = probs.shape[0]
+    width = min(top_k or _TOP_P_SHORTLIST, vocab_size)
+    top = probs.topk(width).values
+    if top_p == 1:
+        return top[-1]
+    total = top.sum() if top_k else probs.sum()
+    if not top_k and top.sum() < top_p * total:
+        top = probs.sort(descending=True).values
+    before = top.cumsum(0) - top  # mass of the tokens ahead of each
+    kept = (before < top_p * total).sum().clamp_(min=1)
+    return top[kept - 1]
+
+
+def _as_ids(tensor: Tensor) -> list[int]:
+    return [int(value) for value in tensor.tolist()]

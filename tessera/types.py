@@ -1,0 +1,202 @@
+"""Everything that crosses a layer: what a user asks, what a step computes, what comes back.
+
+`Request`, `SamplingParams` and `Output` also cross the wire between the API process and the
+engine process, so they hold plain data only (msgspec encodes them; nothing is pickled).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tessera.sampling_params import SamplingParams as SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt, as token ids, and how to continue it."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """One token's log-probability, its rank (1: most likely), and the most likely tokens there.
+
+    `top` is [(token_id, logprob), ...], most likely first; the same float wherever the token appears.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step added to one sequence of one request."""
+
+    request_id: str
+    index: int
+    """Which of the request's `n` sequences."""
+    token_ids: list[int]
+    """New since the last Output; the end token that stopped a sequence is the last of them."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One entry a new token, where asked for."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """One entry a prompt token (the first is None), once, with the first Output of index 0."""
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The end token that stopped the sequence; None when it was stopped by something else."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were found in the prefix cache."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One text being generated: its tokens, and how much of it is in the KV cache.
+
+    Changed by the scheduler only. `token_ids[num_computed_tokens:]` is still to compute.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    seed: int
+    """Seed of this sequence: never None, already offset by `index`."""
+    pages: list[int] = field(default_factory=list)
+    """Page table: token t lies in page `pages[t // page_size]`."""
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    page_hashes: list[bytes] = field(default_factory=list)
+    """Hash chain over the full pages of `token_ids` that are known so far (see scheduler.prefix)."""
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    num_preemptions: int = 0
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt logits are still owed; such a sequence may not skip prompt tokens by a prefix hit.
+
+        Only the first of a request's sequences computes them.
+        """
+        asked = self.params.prompt_logprobs is not None and self.index == 0
+        return asked and len(self.prompt_logprobs) < self.num_prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass: how many tokens of which sequence, decodes (one token) first.
+
+    Tokens `[num_computed_tokens, num_computed_tokens + n)` of each sequence are computed; where that
+    reaches the last known token, the sequence's next token is sampled.
+    """
+
+    num_tokens: dict[Sequence, int]
+
+    def samples(self, sequence: Sequence) -> bool:
+        """Whether this step computes the last known token of `sequence`, so that its next is sampled."""
+        return sequence.num_computed_tokens + self.num_tokens[sequence] == len(sequence.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step found: the sampled tokens, and logprobs where a sequence asked for them."""
+
+    token_ids: dict[Sequence, int]
+    logprobs: dict[Sequence, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[Sequence, list[TokenLogprobs]] = field(default_factory=dict)
+    """Of the prompt tokens that follow those computed in this step."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionChoice:
+    """Which backend serves a phase, and why it and not another."""
+
+    phase: str
+    backend: str
+    reason: str
+    rejected: dict[str, list[str]] = field(default_factory=dict)
+    """Every other candidate and each reason against it."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine is once it has started; it never changes afterwards."""
+
+    model: str
+    """The name the model is served under."""
+    architecture: str
+    dtype: str
+    device: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: list[int]
+    page_size: int
+    num_pages: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    attention: list[AttentionChoice]
+    load_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """Counters of a running engine, read between two steps."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_total: int = 0
+    pages_free: int = 0
+    """Free or only remembered by the prefix cache: what a new sequence could take."""
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One entry of a `logprobs` dictionary (shaped like vLLM's)."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One generated text of a request (shaped like vLLM's)."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop string or stop token id that ended it; None for the end-of-sequence token."""
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request's prompt and its texts (shaped like vLLM's)."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
