@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 
 SERVE = (sys.executable, "-m", "tessera.cli", "serve")
@@ -38,7 +38,7 @@ class ServerProcess:
         self._news: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         self.url = self._wait_for_url()
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.http = httpx2.Client(base_url=self.url, timeout=60)
 
     def _read(self) -> None:
         assert self.process.stderr
@@ -63,7 +63,7 @@ class ServerProcess:
         """The engine process."""
         return next(p for p in psutil.Process(self.process.pid).children() if "tessera" in " ".join(p.cmdline()))
 
-    def post(self, path: str, body: Any) -> httpx.Response:
+    def post(self, path: str, body: Any) -> httpx2.Response:
         return self.http.post(path, json=body)
 
     def status(self) -> dict[str, int]:
@@ -96,7 +96,7 @@ def wait_for(claim: Callable[[], Any], seconds: float = 10) -> Any:
     return value
 
 
-def check_error(response: httpx.Response, status: int, *, param: str | None = None, words: str = "") -> dict[str, Any]:
+def check_error(response: httpx2.Response, status: int, *, param: str | None = None, words: str = "") -> dict[str, Any]:
     """Assert that a response is an error in OpenAI's shape."""
     assert response.status_code == status, response.text[:500]
     error: dict[str, Any] = response.json()["error"]

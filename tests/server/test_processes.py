@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 import pytest
 
@@ -34,7 +34,7 @@ def scripted() -> Iterator[ServerProcess]:
     assert running.stop() == 0
 
 
-def _ask(server: ServerProcess, token_id: int, num_tokens: int = 100, **more: Any) -> httpx.Response:
+def _ask(server: ServerProcess, token_id: int, num_tokens: int = 100, **more: Any) -> httpx2.Response:
     return server.post("/v1/completions", {"prompt": [5, token_id], "max_tokens": num_tokens, **more})
 
 
