@@ -24,7 +24,7 @@ ROW_STEP = 4
 """A call's query rows are rounded up to this where heads share keys: matrix kernels compute four rows in
 less time than three, and each thread's scratch memory is aligned alike, without which MKL rounds
 differently on one thread than on another."""
-GATHER_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+GATHER_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 """Most keys and values one DECODE call gathers, unless one sequence alone is larger: on a CPU what stays in
 its cache until it is used, on a GPU a bound on memory that is not pages."""
 TILE_ROWS = 256

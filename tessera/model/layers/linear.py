@@ -46,4 +46,4 @@ class Linear(nn.Module):
 
 def packs(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `Linear.prepare` packs weights of this type there."""
-    return device.type == "cpu" and dtype == torch.float32 and torch._C._has_mkldnn
+    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and torch._C._has_mkldnn

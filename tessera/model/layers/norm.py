@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,10 +23,16 @@ class RMSNorm(nn.Module):
         self.weight = placement.empty(size)
         self.shape = (size,)
         self.eps = eps
+        self.epsilon = torch.tensor(eps, dtype=torch.float32)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., size] -> [..., size]"""
-        return functional.rms_norm(hidden, self.shape, self.weight, self.eps)
+        if hidden.device.type != "cpu":
+            return functional.rms_norm(hidden, self.shape, self.weight, self.eps)
+        # Torch has no fused kernel on a CPU; its own composition takes eleven operations, this one six.
+        norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(self.epsilon, norm, norm, value=1 / self.shape[0]).rsqrt_()
+        return torch.mul(hidden, scale).mul_(self.weight).to(hidden.dtype)
 
 
 class LayerNorm(nn.Module):
