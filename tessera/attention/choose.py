@@ -21,9 +21,31 @@ from tessera.types import AttentionChoice
 
 Backend = type[AttentionBackend[Any]]
 
+_OURS = {
+    "flash_attn": {"4": "FlashAttn4", "3": "FlashAttn3", "2": "FlashAttn2"},
+    "flashinfer": {
+        "fa2": "FlashInferFa2",
+        "fa3": "FlashInferFa3",
+        "tensor_cores": "FlashInferTensorCores",
+        "cuda_cores": "FlashInferCudaCores",
+    },
+    "triton": {"": "Triton"},
+    "xformers": {"": "XFormers"},
+    "torch_sdpa": {
+        "": "TorchSdpa",
+        "flash": "TorchSdpaFlash",
+        "cudnn": "TorchSdpaCudnn",
+        "efficient": "TorchSdpaEfficient",
+        "math": "TorchSdpaMath",
+    },
+    "flex": {"": "Flex"},
+    "numba": {"": "Numba"},
+    "naive": {"": "Naive"},
+}
 BACKENDS = {
-    "torch_sdpa": "tessera.attention.backends.torch_sdpa:TorchSdpa",
-    "naive": "tessera.attention.backends.naive:Naive",
+    f"{library}:{variant}" if variant else library: f"tessera.attention.backends.{library}:{class_name}"
+    for library, variants in _OURS.items()
+    for variant, class_name in variants.items()
 }
 """Name -> module:class of the backends that tessera brings."""
 AUTO = {Phase.PREFILL: ("torch_sdpa", "naive"), Phase.DECODE: ("torch_sdpa", "naive")}

@@ -12,11 +12,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tessera.attention.contract import AttentionBackend, Batch, Limits, Phase
+from tessera.attention.contract import AttentionBackend, Batch, Claim, Limits, Phase, Shape
 
 MAX_QUERIES = 256
 
-_LIMITS = Limits(dtypes=(torch.float32, torch.bfloat16, torch.float16), devices=("cpu", "cuda"), windows=True)
+_LIMITS = Limits(
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    devices=("cpu", "cuda"),
+    windows=True,
+    soft_caps=True,
+    sinks=True,
+    bidirectional=True,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,14 @@ class Naive(AttentionBackend[list[NaivePart]]):
     """Serves every shape, slowly, by the textbook's formula."""
 
     name: ClassVar[str] = "naive"
-    limits: ClassVar[dict[Phase, Limits]] = {Phase.PREFILL: _LIMITS, Phase.DECODE: _LIMITS}
+    limits: ClassVar[dict[Phase, Limits]] = dict.fromkeys(Phase, _LIMITS)
+
+    @classmethod
+    def claim(cls, phase: Phase, shape: Shape) -> Claim:
+        """A matrix product and a softmax of their own, and nobody's fused attention."""
+        if shape.device_type == "cpu":
+            return Claim(must=("aten::bmm", "aten::_softmax"), must_not=("scaled_dot_product",))
+        return Claim(must=("softmax",), must_not=("flash", "fmha", "sdpa", "triton"))
 
     def plan(self, batch: Batch) -> list[NaivePart]:
         """Divide the queries, and build the mask of each part."""
