@@ -128,7 +128,9 @@ class Limits:
         if shape.capability < self.min_capability:
             bad.append(f"needs compute capability {_dotted(self.min_capability)}, has {_dotted(shape.capability)}")
         if shape.capability > self.max_capability:
-            bad.append(f"made for compute capability up to {_dotted(self.max_capability)}, has {_dotted(shape.capability)}")
+            bad.append(
+                f"made for compute capability up to {_dotted(self.max_capability)}, has {_dotted(shape.capability)}"
+            )
         if 0 < shape.shared_memory < self.shared_memory:
             bad.append(f"needs {self.shared_memory} bytes of shared memory a block, has {shape.shared_memory}")
         return bad
@@ -227,9 +229,11 @@ class AttentionBackend(ABC, Generic[Plan]):
         """
         return self.plan(batch)
 
-    def update_capture(self, plan: Plan, batch: Batch) -> None:  # noqa: B027
-        """Before each replay: refresh whatever `plan` keeps outside the tensors of `batch`, which the runner
-        has rewritten in place. The batch has as many sequences as were captured, padding rows included."""
+    def update_capture(self, plan: Plan, batch: Batch) -> None:
+        """Before each replay: refresh whatever `plan` keeps outside the batch's tensors, rewritten in place.
+
+        The batch has as many sequences as were captured, padding rows included.
+        """
 
 
 @cache

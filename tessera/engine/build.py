@@ -13,6 +13,7 @@ from tessera.model.source import ModelSource, find_model
 from tessera.model.spec import ModelSpec
 from tessera.runner.device import choose_device, choose_dtype, device_name, dtype_name
 from tessera.runner.executor import Capacity, Executor
+from tessera.runner.memory import keep_freed_memory
 from tessera.scheduler.pages import PagePool
 from tessera.scheduler.scheduler import Scheduler, SchedulerLimits
 from tessera.types import EngineInfo
@@ -31,6 +32,8 @@ def build_engine(config: EngineConfig, *, progress: bool = False) -> Engine:
     dtype = choose_dtype(config.model.dtype, spec.dtype, device)
     if device.type == "cpu" and dtype is torch.float16:
         logger.warning("float16 on a CPU is emulated and many times slower than float32: use --dtype float32")
+    if device.type == "cpu":
+        keep_freed_memory()
     if config.device.cpu_threads is not None:
         torch.set_num_threads(config.device.cpu_threads)
     budget = config.scheduler.resolve_budget(device.type)

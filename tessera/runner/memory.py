@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import psutil
@@ -26,6 +27,23 @@ def free_memory_bytes(device: torch.device) -> int:
         if limit is not None and used is not None:
             free = min(free, limit - used + _read_stat(folder / "memory.stat", cache_name))
     return max(0, free)
+
+
+def keep_freed_memory() -> bool:
+    """Have this process keep memory it frees, up to 2 GiB, instead of giving it back; returns whether it will.
+
+    A step frees and asks again for the same large tensors many times. By default glibc gives such memory back
+    at once, and the system then has to clear every page of it anew: 20,000 page faults a step of 512 tokens
+    (docs/LOG.md). Other C libraries are left as they are.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    kept = mallopt(ctypes.c_int(trim_threshold), ctypes.c_int(2**31 - 1))
+    larger = any(mallopt(ctypes.c_int(mmap_threshold), ctypes.c_int(size)) for size in (2**30, 2**25))
+    return bool(kept) and larger
 
 
 def check_weights_fit(num_weight_bytes: int, device: torch.device, share: float) -> None:

@@ -25,9 +25,7 @@ def make_shape(
     **features: Any,
 ) -> Shape:
     capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
-    return Shape(
-        q_heads, kv_heads, head_dim, head_dim**-0.5, dtype, device, capability, page_size, window, **features
-    )
+    return Shape(q_heads, kv_heads, head_dim, head_dim**-0.5, dtype, device, capability, page_size, window, **features)
 
 
 def check(case: Case, backend: type[AttentionBackend[Any]]) -> None:
