@@ -53,6 +53,16 @@ class Runner:
         token_ids, logprobs = self._sampler.sample(logits, inputs.sampling)
         return StepResult(dict(zip(inputs.sampling, token_ids)), logprobs, prompt_logprobs)
 
+    @torch.inference_mode()
+    def logits(self, step: Step) -> Tensor:
+        """[tokens, vocab] float32: the logits behind every token of a step, for measuring accuracy; its pages are written.
+
+        Rows stand as the step's sequences do, the tokens of each together.
+        """
+        inputs = self._inputs.build(step)
+        attend = self._attention.begin_step(self._k_pages, self._v_pages, inputs.slots, inputs.batches)
+        return self._model.logits(self._model(inputs.token_ids, inputs.positions, attend))
+
     def _prompt_logprobs(
         self, hidden: Tensor, inputs: StepInputs, sequence: Sequence, num_tokens: int
     ) -> list[TokenLogprobs]:
