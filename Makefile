@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint parity bench-cpu clean
+.PHONY: help setup demo docs test lint parity bench-cpu clean
 
 help:           ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,11 +27,15 @@ demo: $(READY)  ## Serve the real model, ask it three questions at once, show sp
 test: $(READY) lint ## Check style, types and layers, then run every test (no GPU, no network)
 	$(BIN)/python -m pytest
 
-lint: $(READY)  ## Style, types, import order
+docs: $(READY)  ## Write docs/BACKENDS.md from what the backends say of themselves
+	$(BIN)/python docs/generate_backends.py
+
+lint: $(READY)  ## Style, types, import order, generated docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/generate_backends.py --check
 
 parity: $(READY) ## Slow: 64 prompts x 64 tokens against transformers in fp32, in every way the engine can schedule them
 	$(BIN)/python -m pytest tests/parity -m slow -s

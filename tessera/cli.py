@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 
 from tessera import __version__, log
-from tessera.commands import backends, chat, generate, serve
+from tessera.commands import backends, chat, generate, serve, verify
 from tessera.commands.flags import Parser
 from tessera.config import check_environment
 from tessera.errors import ConfigError, TesseraError
 
-COMMANDS = {"serve": serve, "generate": generate, "chat": chat, "backends": backends}
+COMMANDS = {"serve": serve, "generate": generate, "chat": chat, "backends": backends, "verify": verify}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -103,6 +103,13 @@ class AttentionConfig:
     """Backend for prompts, in place of --attention."""
     decode_attention: str | None = None
     """Backend for steps of one token a sequence, in place of --attention."""
+    vision_attention: str | None = None
+    """Backend for image patches, in place of --attention; refused for a model that takes no images."""
+    attention_measure: Literal["off", "cached", "force"] = "cached"
+    """How auto chooses: cached times every backend that can serve, once, and keeps the result on disk; force
+    times anew; off takes the first of a fixed order. A named backend is never timed."""
+    prove_attention: bool | None = None
+    """Profile a step of each phase at start: other kernels than claimed are an error. Left out: in `serve` only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +233,10 @@ def check_names(given: Mapping[str, Any], known: list[str]) -> None:
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise ConfigError for a variable that starts with TESSERA_ and means nothing."""
+    """Raise ConfigError, no mere warning, for a variable that starts with TESSERA_ and means nothing.
+
+    Whoever set it meant this program, and would get something else than they asked for.
+    """
     for name in environment:
         if name.startswith("TESSERA_") and name not in ENVIRONMENT_NAMES:
             near = difflib.get_close_matches(name, ENVIRONMENT_NAMES, n=1)

@@ -120,14 +120,72 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelUse:
+    """A CUDA kernel, on a CPU an operator, that a profiler saw in one step."""
+
+    name: str
+    calls: int
+    microseconds: float
+    """Of all calls together; of an operator without those it calls."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionProof:
+    """What a backend was seen to run, by a profiler, on this machine, when the engine started."""
+
+    phase: str
+    backend: str
+    variant: str | None
+    """The part of the backend's name behind the colon."""
+    symbols: list[KernelUse]
+    """The kernels that its claim names, as they ran in one step of the model; called alone where `time_share` is
+    None."""
+    time_share: float | None
+    """Those kernels' part of all kernel time (on a CPU: operator time) in the step; None where no step was run."""
+    step: str
+    """The size of what was profiled, as in AttentionBucket."""
+    versions: dict[str, str]
+    """Of torch and of each distribution that decides what runs."""
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBucket:
+    """A size of step, what was measured there, and which backend serves steps near it."""
+
+    size: str
+    """As in `8 x 512`: sequences and tokens each holds; `1 x 128 of 512` where only some of them are new."""
+    num_seqs: int
+    q_len: int
+    """New tokens a sequence."""
+    kv_len: int
+    """Tokens a sequence holds, the new ones included."""
+    backend: str
+    runner_up: str | None
+    """The fastest of the others."""
+    times_ms: dict[str, float]
+    """Of one layer, the step's planning shared out among the layers; every backend that was timed, fastest first."""
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionChoice:
     """Which backend serves a phase, and why it and not another."""
 
     phase: str
     backend: str
+    """Where sizes of step have different ones: that of most `buckets`."""
     reason: str
     rejected: dict[str, list[str]] = field(default_factory=dict)
     """Every other candidate and each reason against it."""
+    buckets: list[AttentionBucket] = field(default_factory=list)
+    """What each size of step is served by, where that was measured."""
+    proofs: list[AttentionProof] = field(default_factory=list)
+    """One a backend of this phase, where proof was asked for."""
+
+    @property
+    def backends(self) -> list[str]:
+        """Every backend that serves some size of step, `backend` first."""
+        return list(dict.fromkeys([self.backend, *(bucket.backend for bucket in self.buckets)]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from tessera import cli
 from tessera.commands.flags import Parser, add_model, add_sampling, engine_config, sampling
 from tessera.commands.serve import describe
 from tessera.config import EngineConfig, ServerConfig, section_types, settings_of
-from tessera.types import AttentionChoice, EngineInfo, SamplingParams
+from tessera.types import AttentionBucket, AttentionChoice, AttentionProof, EngineInfo, KernelUse, SamplingParams
 
 TESSERA = (sys.executable, "-m", "tessera.cli")
 SMALL = ("--num-pages", "100", "--max-model-len", "512", "--dtype", "float32", "--cpu-threads", "1")
@@ -89,6 +89,9 @@ def test_flags_become_the_settings_and_defaults_stay() -> None:
         (["generate", "--prompt", "a", "--system", "b"], "--system", "add --chat"),
         (["generate"], "standard input is empty", "give --prompt TEXT"),
         (["chat", "--n", "2"], "one answer a turn", "leave --n out"),
+        (["backends", "--attention", "flash_attn", "--prove"], "library with variants", "flash_attn:4"),
+        (["generate", "--prompt", "a", "--attention", "torch_spda"], "'torch_spda'", "did you mean torch_sdpa?"),
+        (["generate", "--prompt", "a", "--vision-attention", "naive"], "no vision tower", "leave --vision-attention"),
         (["bake"], "'bake'", "see `tessera --help`"),
         (["generate", "/nowhere/at/all", "--prompt", "a"], "/nowhere/at/all", ""),
     ],
@@ -118,6 +121,20 @@ def test_the_start_table_says_why_the_other_backends_lost() -> None:
         ("decode attention", "a (it is first)"),
         ("", "not b: no GPU; no bfloat16"),
         ("", "not c: slower"),
+    ]
+
+
+def test_the_start_table_shows_proofs_and_what_was_measured() -> None:
+    bucket = AttentionBucket("8 x 512", 8, 1, 512, "a", "b", {"a": 0.5, "b": 0.75})
+    uses = [KernelUse("kernel_a", 30, 99.0), KernelUse("merge_a", 30, 9.0), KernelUse("third", 1, 1.0)]
+    proof = AttentionProof("decode", "a", None, uses, 0.125, "8 x 512", {"torch": "2"}, "cpu")
+    choice = AttentionChoice("decode", "a", "auto: measured", {"c": ["no GPU"]}, [bucket], [proof])
+    info = EngineInfo("m", "n", "float32", "cpu", 9, 9, [], 16, 9, 9, 9, [choice])
+    assert describe(info)[-4:] == [
+        ("decode attention", "a (auto: measured)"),
+        ("", "proven: a ran kernel_a x30, merge_a x30, 12% of a step of 8 x 512"),
+        ("", "8 x 512: a, then b (ms: a 0.500, b 0.750)"),
+        ("", "not c: no GPU"),
     ]
 
 
@@ -215,11 +232,26 @@ def test_backends_lists_every_phase_with_a_verdict() -> None:
     done = run("backends", "--json")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stderr
-    assert {row["phase"] for row in rows} == {"prefill", "decode"}
+    assert {row["phase"] for row in rows} == {"prefill", "decode", "vision"}
     assert {"naive", "torch_sdpa"} <= {row["backend"] for row in rows}
     assert all(row["usable"] == (row["reasons"] == []) for row in rows)
-    table = run("backends").stdout
-    assert all(row["backend"] in table for row in rows)
+    done = run("backends", VLLM_ATTENTION_BACKEND="XFORMERS")
+    assert all(row["backend"] in done.stdout for row in rows)
+    assert "VLLM_ATTENTION_BACKEND=XFORMERS has no effect" in done.stderr
+
+
+def test_backends_prove_lists_the_kernels_that_ran_in_the_model() -> None:
+    named = ("--prefill-attention", "torch_sdpa", "--decode-attention", "naive")
+    done = run("backends", "--prove", "--json", *named, *SMALL, SGLANG_ATTENTION_BACKEND="fa3")
+    proofs = {proof["phase"]: proof for proof in map(json.loads, done.stdout.splitlines())}
+    assert done.returncode == 0, done.stderr
+    assert (proofs["prefill"]["backend"], proofs["decode"]["backend"]) == ("torch_sdpa", "naive")
+    (use,) = proofs["prefill"]["symbols"]
+    assert (use["name"], use["calls"]) == ("aten::_scaled_dot_product_flash_attention_for_cpu", 30)
+    assert {use["name"] for use in proofs["decode"]["symbols"]} == {"aten::bmm", "aten::_softmax"}
+    assert "SGLANG_ATTENTION_BACKEND=fa3 has no effect" in done.stderr
+    table = run("backends", "--prove", *named, *SMALL).stdout
+    assert "aten::_softmax" in table and "torch 2" in table
 
 
 def test_the_demo_works_without_a_terminal() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache
 from importlib import import_module
@@ -92,8 +92,8 @@ class Limits:
     """Whether attention that is not causal is served over pages; VISION needs no such word."""
     graphs: bool = False
     """Whether a CUDA graph may record `run`."""
-    batch_invariant: bool = False
-    """Whether a sequence's answer has the same bits whatever else is in the batch."""
+    batch_invariant: Container[str] = ()
+    """The devices on which a sequence's answer has the same bits whatever else is in the batch."""
 
     def problems(self, shape: Shape) -> list[str]:
         """Each thing `shape` asks for that is not within these limits, as a sentence."""
@@ -192,7 +192,8 @@ class AttentionBackend(ABC, Generic[Plan]):
         if phase not in cls.limits:
             return [f"no {phase} kernel"]
         reasons = [f"{module} is not installed" for module in cls.needs if not is_installed(module)]
-        reasons += cls.limits[phase].problems(shape)
+        asked = replace(shape, causal=True) if phase is Phase.VISION else shape  # seeing both ways is what VISION is
+        reasons += cls.limits[phase].problems(asked)
         # Importing a library for another device takes seconds and adds nothing to what is known already.
         return reasons or [error for module in cls.needs if (error := import_error(module))]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import log2
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -12,16 +13,62 @@ from tessera.attention.contract import AttentionBackend, Batch, Phase
 from tessera.kernels.pages import write_pages
 
 
+class Bucket(NamedTuple):
+    """A size of step, and by nearness all those like it."""
+
+    num_seqs: int
+    q_len: int
+    kv_len: int
+
+    @property
+    def label(self) -> str:
+        """`8 x 512`: sequences and tokens each holds; `1 x 128 of 512` where only some of them are new."""
+        new = "" if self.q_len in (1, self.kv_len) else f"{self.q_len} of "
+        return f"{self.num_seqs} x {new}{self.kv_len}"
+
+    def distance(self, other: Bucket) -> float:
+        """How unlike two sizes are: the factors between their numbers, each as a power of two, added up."""
+        return sum(abs(log2(max(1, mine) / max(1, theirs))) for mine, theirs in zip(self, other))
+
+
 class Attention:
     """The backends of a model, made once: one a phase and group of layers that ask the same of it.
 
     backends      of each phase, one a group
     layer_groups  of each layer, its group
+    buckets       of the phases whose steps are not all served alike: backends by size, used in place of `backends`
     """
 
-    def __init__(self, backends: Mapping[Phase, Sequence[AttentionBackend[Any]]], layer_groups: Sequence[int]) -> None:
+    def __init__(
+        self,
+        backends: Mapping[Phase, Sequence[AttentionBackend[Any]]],
+        layer_groups: Sequence[int],
+        buckets: Mapping[Phase, Mapping[Bucket, Sequence[AttentionBackend[Any]]]] | None = None,
+    ) -> None:
         self._backends = {phase: tuple(of_phase) for phase, of_phase in backends.items()}
         self._layer_groups = tuple(layer_groups)
+        self._buckets = {
+            phase: {bucket: tuple(bound) for bucket, bound in of_phase.items()}
+            for phase, of_phase in (buckets or {}).items()
+        }
+
+    def bound(self, phase: Phase) -> list[tuple[AttentionBackend[Any], ...]]:
+        """Every set of backends that serves some step of a phase, one a group of layers."""
+        of_phase = [self._backends[phase]] if phase in self._backends else []
+        return list(dict.fromkeys([*of_phase, *self._buckets.get(phase, {}).values()]))
+
+    def serving(self, phase: Phase, size: Bucket) -> tuple[AttentionBackend[Any], ...]:
+        """The backends of a step of this size: those of the nearest bucket, of equally near ones the first."""
+        buckets = self._buckets.get(phase)
+        return buckets[min(buckets, key=size.distance)] if buckets else self._backends[phase]
+
+    def buckets(self, phase: Phase) -> list[Bucket]:
+        """The sizes of step that are told apart in a phase; [] where all are served alike."""
+        return list(self._buckets.get(phase, {}))
+
+    def num_layers(self, group: int) -> int:
+        """How many layers are in a group."""
+        return self._layer_groups.count(group)
 
     def begin_step(
         self,
@@ -46,7 +93,7 @@ class Attention:
         parts = tuple(
             _Part(tokens, of_phase, tuple(backend.plan(batch) for backend in of_phase))
             for phase, (tokens, batch) in batches.items()
-            for of_phase in (self._backends[phase],)
+            for of_phase in (self.serving(phase, _size(batch)),)
         )
         return StepAttention(k_pages, v_pages, slots, parts, self._layer_groups, padded=num_real < len(slots))
 
@@ -93,3 +140,7 @@ class StepAttention:
         for part in self._parts:
             out[part.tokens] = part.backends[group].run(part.plans[group], q[part.tokens], k_pages, v_pages)
         return out
+
+
+def _size(batch: Batch) -> Bucket:
+    return Bucket(len(batch.q_lens_cpu), batch.max_q_len, batch.max_kv_len)

@@ -8,10 +8,10 @@ from dataclasses import fields, replace
 
 from tessera.commands.flags import Parser, add_model, add_settings, engine_config
 from tessera.commands.table import render
-from tessera.config import ServerConfig, check_section, settings_of
+from tessera.config import EngineConfig, ServerConfig, check_section, settings_of
 from tessera.errors import ConfigError
 from tessera.log import logger
-from tessera.types import AttentionChoice, EngineInfo
+from tessera.types import AttentionChoice, AttentionProof, EngineInfo
 
 
 def add_flags(parser: Parser) -> None:
@@ -22,10 +22,17 @@ def add_flags(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until stopped."""
-    config, server = engine_config(args), server_config(args)
+    config, server = _proven(engine_config(args)), server_config(args)
     from tessera.server.run import run_server
 
     return run_server(config, server, announce, log_level=args.log_level)
+
+
+def _proven(config: EngineConfig) -> EngineConfig:
+    """What is served is proven unless that was forbidden."""
+    if config.attention.prove_attention is not None:
+        return config
+    return replace(config, attention=replace(config.attention, prove_attention=True))
 
 
 def server_config(args: argparse.Namespace) -> ServerConfig:
@@ -61,6 +68,19 @@ def describe(info: EngineInfo) -> list[tuple[str, str]]:
 
 
 def _attention_rows(choice: AttentionChoice) -> list[tuple[str, str]]:
-    """The backend of a phase, then every other and why it is not the one."""
+    """The backend of a phase, its proofs, the sizes of step it was measured in, every other and why it is not it."""
+    proofs = [("", _proof_line(proof)) for proof in choice.proofs]
+    buckets = [
+        ("", f"{bucket.size}: {bucket.backend}" + (f", then {bucket.runner_up}" if bucket.runner_up else "") + times)
+        for bucket in choice.buckets
+        for times in (" (ms: " + ", ".join(f"{name} {ms:.3f}" for name, ms in bucket.times_ms.items()) + ")",)
+    ]
     others = [("", f"not {name}: {'; '.join(reasons)}") for name, reasons in choice.rejected.items()]
-    return [(f"{choice.phase} attention", f"{choice.backend} ({choice.reason})"), *others]
+    return [(f"{choice.phase} attention", f"{choice.backend} ({choice.reason})"), *proofs, *buckets, *others]
+
+
+def _proof_line(proof: AttentionProof) -> str:
+    """`proven: numba ran tessera::paged_decode_cpu x30, 12% of a step of 2 x 100`."""
+    symbols = ", ".join(f"{use.name:.80} x{use.calls}" for use in proof.symbols[:2])
+    share = "alone" if proof.time_share is None else f"{proof.time_share:.0%} of a step of {proof.step}"
+    return f"proven: {proof.backend} ran {symbols}, {share}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tessera.attention.registry import leftover_warnings
 from tessera.config import EngineConfig
 from tessera.engine.engine import Engine
 from tessera.errors import ConfigError
@@ -25,6 +26,8 @@ def build_engine(config: EngineConfig, *, progress: bool = False) -> Engine:
     `progress` shows a bar while weights are read.
     """
     config.check()
+    for warning in leftover_warnings():
+        logger.warning("%s", warning)
     source = find_model(config.model)
     spec = load_spec(source)
     _check_context(config, spec)

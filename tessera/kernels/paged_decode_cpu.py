@@ -30,7 +30,7 @@ _P0, _P1, _P2, _P3, _P4, _P5, _P6, _P7 = (
 
 
 @cache
-def compile_paged_decode(head_dim: int, group: int) -> Callable[..., None]:  # noqa: C901  (four functions in one)
+def compile_paged_decode(head_dim: int, group: int) -> Callable[..., None]:
     """The kernel for heads of `head_dim`, `group` query heads a key-value head.
 
     Both are constants in it, since loops of unknown length took three times as long. Numba compiles it at the
@@ -48,10 +48,37 @@ def compile_paged_decode(head_dim: int, group: int) -> Callable[..., None]:  # n
     workspace     as `make_workspace` makes it
     out           [seqs, q_heads, head_dim], written
     """
+    load = _compile_load(head_dim)
+    score, accumulate = _compile_score(head_dim, group, load), _compile_accumulate(head_dim, group, load)
+
+    @numba.njit(fastmath=_FLAGS, parallel=True, cache=True)
+    def paged_decode(
+        q: Any, k_pages: Any, v_pages: Any, page_table: Any, chunks: Any, parts: Any, first_chunks: Any,
+        scale: Any, soft_cap: Any, sinks: Any, workspace: Any, out: Any,
+    ) -> None:  # fmt: skip
+        answers, highest, total, all_scores, rows, bits = workspace
+        for part in numba.prange(len(parts) - 1):
+            for chunk in range(parts[part], parts[part + 1]):
+                seq, first, last = chunks[chunk]
+                scores = all_scores[part, :, : last - first]
+                score(q[seq], k_pages, page_table[seq], first, scale, soft_cap, scores, rows[part])
+                for head in range(scores.shape[0]):
+                    highest[chunk, head] = _largest(scores[head])
+                    total[chunk, head] = _exponentiate(scores[head], highest[chunk, head], bits[part])
+                accumulate(scores, v_pages, page_table[seq], first, answers[chunk], rows[part])
+        for seq in numba.prange(len(q)):
+            own = slice(first_chunks[seq], first_chunks[seq + 1])
+            _merge(answers[own], highest[own], total[own], sinks, out[seq])
+
+    compiled: Callable[..., None] = paged_decode
+    return compiled
+
+
+def _compile_load(head_dim: int) -> Any:
+    """Copies one head of one token into `row`, widened to float32; `bits` is the same memory."""
 
     @numba.njit(fastmath=_FLAGS, inline="always")
     def load(source: Any, row: Any, bits: Any) -> None:
-        """Copy one head of one token into `row`, widened to float32; `bits` is the same memory."""
         if source.itemsize == 2:
             for d in range(head_dim):
                 bits[d] = np.uint32(source[d]) << np.uint32(16)
@@ -59,9 +86,14 @@ def compile_paged_decode(head_dim: int, group: int) -> Callable[..., None]:  # n
             for d in range(head_dim):
                 row[d] = source[d]
 
+    return load
+
+
+def _compile_score(head_dim: int, group: int, load: Any) -> Any:
+    """Products of the queries with as many keys as `scores` [q_heads, keys] has columns, from `first` on."""
+
     @numba.njit(fastmath=_FLAGS)
     def score(q: Any, pages: Any, table: Any, first: Any, scale: Any, soft_cap: Any, scores: Any, row: Any) -> None:
-        """Products of the queries with as many keys as `scores` [q_heads, keys] has columns, from `first` on."""
         bits, page_size = row.view(np.uint32), pages.shape[1]
         for i in range(scores.shape[1]):
             page, offset = table[(first + i) // page_size], (first + i) % page_size
@@ -77,9 +109,14 @@ def compile_paged_decode(head_dim: int, group: int) -> Callable[..., None]:  # n
                 for i in range(scores.shape[1]):
                     scores[head, i] = soft_cap * np.tanh(scores[head, i] / soft_cap)
 
+    return score
+
+
+def _compile_accumulate(head_dim: int, group: int, load: Any) -> Any:
+    """Sum of the values from `first` on, weighted by `weights` [q_heads, keys], into `answer`."""
+
     @numba.njit(fastmath=_FLAGS)
     def accumulate(weights: Any, pages: Any, table: Any, first: Any, answer: Any, row: Any) -> None:
-        """Sum of the values from `first` on, weighted by `weights` [q_heads, keys], into `answer`."""
         bits, page_size = row.view(np.uint32), pages.shape[1]
         answer[:] = np.float32(0.0)
         for i in range(weights.shape[1]):
@@ -91,40 +128,7 @@ def compile_paged_decode(head_dim: int, group: int) -> Callable[..., None]:  # n
                     for d in range(head_dim):
                         answer[kv_head * group + member, d] += weight * row[d]
 
-    @numba.njit(fastmath=_FLAGS, parallel=True, cache=True)
-    def paged_decode(
-        q: Any,
-        k_pages: Any,
-        v_pages: Any,
-        page_table: Any,
-        chunks: Any,
-        parts: Any,
-        first_chunks: Any,
-        scale: Any,
-        soft_cap: Any,
-        sinks: Any,
-        workspace: Any,
-        out: Any,
-    ) -> None:
-        answers, highest, total, all_scores, rows, bits = workspace
-        for part in numba.prange(len(parts) - 1):
-            for chunk in range(parts[part], parts[part + 1]):
-                seq, first, last = chunks[chunk]
-                scores = all_scores[part, :, : last - first]
-                score(q[seq], k_pages, page_table[seq], first, scale, soft_cap, scores, rows[part])
-                for head in range(scores.shape[0]):
-                    highest[chunk, head] = _largest(scores[head])
-                    total[chunk, head] = _exponentiate(scores[head], highest[chunk, head], bits[part])
-                accumulate(scores, v_pages, page_table[seq], first, answers[chunk], rows[part])
-        for seq in numba.prange(len(q)):
-            first, last = first_chunks[seq], first_chunks[seq + 1]
-            if first < last:
-                _merge(answers[first:last], highest[first:last], total[first:last], sinks, out[seq])
-            else:
-                out[seq] = np.float32(0.0)
-
-    compiled: Callable[..., None] = paged_decode
-    return compiled
+    return accumulate
 
 
 @numba.njit(fastmath=_FLAGS)
@@ -154,7 +158,10 @@ def _exponentiate(scores: Any, highest: Any, bits: Any) -> Any:
 
 @numba.njit(fastmath=_FLAGS)
 def _merge(answers: Any, highest: Any, total: Any, sinks: Any, out: Any) -> None:
-    """Chunks of one sequence into its answer; `sinks` is empty where there are none."""
+    """Chunks of one sequence into its answer, zeros if there are none; `sinks` is empty where there are none."""
+    if answers.shape[0] == 0:
+        out[:] = np.float32(0.0)
+        return
     for head in range(out.shape[0]):
         peak = sinks[head] if sinks.shape[0] else highest[0, head]
         for chunk in range(answers.shape[0]):

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tessera.attention.choose import build_attention
-from tessera.attention.contract import Shape
+from tessera.attention.contract import Phase, Shape
+from tessera.attention.selftest import self_test
 from tessera.attention.step import Attention
 from tessera.config import EngineConfig
 from tessera.errors import CapacityError
@@ -25,7 +26,8 @@ from tessera.model.registry import load_model, num_weight_bytes
 from tessera.model.source import ModelSource
 from tessera.model.spec import ModelSpec
 from tessera.runner import memory
-from tessera.runner.device import capability
+from tessera.runner.device import capability, device_name, shared_memory
+from tessera.runner.prove import StepLimits, prove_steps
 from tessera.runner.runner import Runner
 from tessera.types import AttentionChoice, SamplingParams, Sequence, Step, StepResult
 
@@ -52,14 +54,12 @@ class Executor:
         self._runner: Runner | None = None
 
     def start(self, *, max_num_batched_tokens: int, progress: bool) -> Capacity:
-        """Load the weights, choose attention, size the cache by what is left, and allocate it.
+        """Choose and test attention, load the weights, size the cache by what is left, allocate it, prove attention.
 
         Raises ModelError, BackendError or CapacityError.
         """
+        attention, page_size, choices = self._choose_attention()
         started = time.perf_counter()
-        attention, page_size, choices = build_attention(
-            self._config.attention, self._layer_shapes(), self._config.cache.page_size
-        )
         num_bytes = num_weight_bytes(self._spec, self._dtype, self._device)
         memory.check_weights_fit(num_bytes, self._device, self._memory_share())
         model = load_model(
@@ -76,6 +76,16 @@ class Executor:
         num_pages, max_model_len = self._num_pages(usable, page_size)
         k_pages, v_pages = self._allocate(num_pages, page_size, self._spec.num_layers)
         self._runner = Runner(model, attention, k_pages, v_pages, self._device)
+        if self._config.attention.prove_attention:
+            limits = StepLimits(
+                max_num_seqs=self._config.scheduler.max_num_seqs,
+                max_num_tokens=max_num_batched_tokens,
+                max_model_len=max_model_len,
+                num_pages=num_pages,
+                page_size=page_size,
+            )
+            proofs = prove_steps(attention, self._runner, limits, device_name(self._device))
+            choices = [replace(choice, proofs=proofs[choice.phase]) for choice in choices]
         return Capacity(num_pages, page_size, max_model_len, choices, load_seconds)
 
     def run(self, step: Step) -> StepResult:
@@ -83,6 +93,22 @@ class Executor:
         if self._runner is None:
             raise RuntimeError("run() before start()")
         return self._runner.run(step)
+
+    def logits(self, step: Step) -> Tensor:
+        """[tokens, vocab] float32: see Runner.logits."""
+        if self._runner is None:
+            raise RuntimeError("logits() before start()")
+        return self._runner.logits(step)
+
+    def _choose_attention(self) -> tuple[Attention, int, list[AttentionChoice]]:
+        """Attention that has passed its self-test, its page size, and how each backend was chosen."""
+        max_len = min(self._spec.max_position, self._config.model.max_model_len or self._spec.max_position)
+        attention, page_size, choices = build_attention(
+            self._config.attention, self._layer_shapes(), self._config.cache.page_size, max_len
+        )
+        for phase in Phase:
+            self_test(backend for of_step in attention.bound(phase) for backend in of_step)
+        return attention, page_size, choices
 
     def _layer_shapes(self) -> list[Shape]:
         spec = self._spec
@@ -95,6 +121,7 @@ class Executor:
                 dtype=self._dtype,
                 device_type=self._device.type,
                 capability=capability(self._device),
+                shared_memory=shared_memory(self._device),
                 window=window,
             )
             for window in spec.windows

@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from attention_workloads import make_shape
-from tessera.attention import choose as registry
+from attention_cases import make_shape
+from tessera.attention import choose as choosing
+from tessera.attention import registry
 from tessera.attention.backends.naive import Naive
 from tessera.attention.backends.torch_sdpa import TorchSdpa
-from tessera.attention.choose import BACKENDS, backend_rows, build_attention, choose, choose_page_size
+from tessera.attention.choose import AUTO, build_attention, choose
 from tessera.attention.contract import Limits, Phase, Shape, import_error
+from tessera.attention.registry import BACKENDS, backend_paths, backend_rows, leftover_warnings, load_backend
 from tessera.config import AttentionConfig
 from tessera.errors import BackendError, ConfigError
 
@@ -34,8 +36,11 @@ class Picky(Naive):
 
 
 class DecodeOnly(Naive):
+    """Wants a wheel that is not there."""
+
     name: ClassVar[str] = "decode_only"
     needs: ClassVar[tuple[str, ...]] = ("no_such_module_of_ours",)
+    install: ClassVar[str | None] = "pip install no-such-wheel"
     limits: ClassVar[dict[Phase, Limits]] = {Phase.DECODE: Limits((torch.float32,), devices=("cpu",))}
 
 
@@ -51,6 +56,7 @@ def third_party(monkeypatch: pytest.MonkeyPatch) -> None:
         picky="third_party_attention:Picky",
         decode_only="third_party_attention:DecodeOnly",
         wrong="third_party_attention:Wrong",
+        alias="third_party_attention:Picky",
         broken="no_such_package.attention:Backend",
     )
 
@@ -60,29 +66,52 @@ def register(monkeypatch: pytest.MonkeyPatch, **paths: str) -> None:
     monkeypatch.setattr(registry, "entry_points", lambda *, group: points.select(group=group))
 
 
+@pytest.fixture(autouse=True)
+def order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fixed order without those that are installed on some machines only."""
+    monkeypatch.setattr(choosing, "AUTO", dict.fromkeys(Phase, ("triton", "torch_sdpa", "naive")))
+
+
 def config(**names: str) -> AttentionConfig:
-    return AttentionConfig(**names)
+    return AttentionConfig(**({"attention_measure": "off"} | names))  # type: ignore[arg-type]
 
 
 def test_auto_takes_the_first_that_can_serve_and_says_why_the_others_lost() -> None:
     for phase in Phase:
-        backend, choice = choose(phase, "auto", [SHAPE])
+        backend, choice = choose(phase, "auto", [registry.shape_in(phase, SHAPE)])
         assert backend is TorchSdpa
         assert (choice.phase, choice.backend) == (phase, "torch_sdpa")
-        assert choice.rejected == {"naive": ["torch_sdpa stands before it"]}
+        assert choice.rejected.keys() == {"triton", "naive"}
+        assert "device cpu not in ('cuda',)" in choice.rejected["triton"]
 
 
 def test_auto_passes_over_a_backend_with_a_reason_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "AUTO", dict.fromkeys(Phase, ("decode_only", "naive")))
+    monkeypatch.setattr(choosing, "AUTO", dict.fromkeys(Phase, ("decode_only", "naive")))
     backend, choice = choose(Phase.PREFILL, "auto", [SHAPE])
     assert backend is Naive
     assert choice.rejected == {"decode_only": ["no prefill kernel"]}
 
 
+def test_the_fixed_order_holds_names_that_there_are() -> None:
+    assert AUTO.keys() == set(Phase)
+    assert all(name in BACKENDS for names in AUTO.values() for name in names)
+
+
+def test_auto_on_a_cpu_prefers_those_whose_answers_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among ours whatever is faster; a variant does not stand beside the library that picks by itself."""
+    steady = {phase: replace(limits, batch_invariant=("cpu",)) for phase, limits in TorchSdpa.limits.items()}
+    monkeypatch.setattr(TorchSdpa, "limits", steady)
+    monkeypatch.setattr(choosing, "AUTO", dict.fromkeys(Phase, ("naive", "torch_sdpa:flash", "torch_sdpa")))
+    backend, choice = choose(Phase.DECODE, "auto", [SHAPE])
+    assert backend is TorchSdpa
+    assert choice.rejected["naive"] == ["does not promise the same bits whatever else is in the batch"]
+    assert "torch_sdpa:flash" in choice.rejected
+
+
 def test_auto_with_nothing_usable_lists_every_reason_of_every_backend() -> None:
     with pytest.raises(BackendError) as caught:
         choose(Phase.DECODE, "auto", [HUGE_HEAD])
-    for name in BACKENDS:
+    for name in ("torch_sdpa", "naive"):
         assert f"{name} cannot serve decode: head_dim 2048 not in range(1, 1025)" in str(caught.value)
 
 
@@ -120,30 +149,99 @@ def test_reasons_of_all_layers_count() -> None:
         choose(Phase.DECODE, "picky", [SHAPE, replace(SHAPE, window=64)])
 
 
-@pytest.mark.parametrize(("name", "near"), [("torch_spda", "torch_sdpa"), ("piky", "picky")])
+@pytest.mark.parametrize(("name", "near"), [("torch_spda", "torch_sdpa"), ("piky", "picky"), ("auot", "auto")])
 def test_unknown_name_is_refused_with_the_list_and_the_nearest(name: str, near: str) -> None:
-    with pytest.raises(ConfigError, match=r"there are: auto, torch_sdpa, naive, picky") as caught:
+    with pytest.raises(ConfigError, match=r"there are: auto, flash_attn:4, .*naive, picky") as caught:
         choose(Phase.DECODE, name, [SHAPE])
     assert caught.value.hint == f"did you mean {near}?"
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "flashinfer"])
+def test_a_library_that_has_only_variants_is_refused_with_their_list(name: str) -> None:
+    variants = [other for other in BACKENDS if other.startswith(f"{name}:")]
+    with pytest.raises(ConfigError) as caught:
+        load_backend(name)
+    assert caught.value.message == f"{name} is a library with variants: {', '.join(variants)}"
+    assert caught.value.hint == f"name one, as {variants[0]}"
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("broken", "broken cannot serve decode: import no_such_package.attention:Backend: No module named"),
-        ("wrong", "import third_party_attention:Wrong: third_party_attention:Wrong is not an AttentionBackend"),
-        ("decode_only", "decode_only cannot serve decode: import no_such_module_of_ours: No module named"),
+        ("broken", "import no_such_package.attention:Backend fails: ModuleNotFoundError: No module named"),
+        ("wrong", "third_party_attention:Wrong is not an AttentionBackend"),
+        ("alias", "third_party_attention:Picky is registered as alias and calls itself picky"),
     ],
 )
-def test_backend_that_does_not_import_is_refused_with_the_cause(name: str, reason: str) -> None:
+def test_a_broken_plug_in_is_listed_with_its_reason_and_refused_when_named(name: str, reason: str) -> None:
+    rows = {(row.name, row.phase): row for row in backend_rows([SHAPE])}
+    for phase in Phase:
+        assert not rows[name, phase].usable and rows[name, phase].reasons[0].startswith(reason)
     with pytest.raises(BackendError, match=reason):
         choose(Phase.DECODE, name, [SHAPE])
+    with pytest.raises(BackendError, match=reason):
+        load_backend(name)
+    build_attention(config(), [SHAPE], None)  # nobody else is bothered
 
 
-def test_third_party_cannot_take_a_name_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_wheel_is_refused_with_what_installs_it() -> None:
+    with pytest.raises(BackendError, match="decode_only cannot serve decode: no_such_module_of_ours is not") as caught:
+        choose(Phase.DECODE, "decode_only", [SHAPE])
+    assert caught.value.hint == "pip install no-such-wheel, or use --decode-attention torch_sdpa"
+
+
+def test_what_would_not_help_is_not_offered_for_installation() -> None:
+    with pytest.raises(BackendError) as caught:
+        choose(Phase.DECODE, "decode_only", [replace(SHAPE, dtype=torch.float16)])
+    assert caught.value.hint == "use --decode-attention torch_sdpa"
+
+
+def test_a_name_that_two_packages_bring_is_a_reason_and_an_error_for_who_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     register(monkeypatch, naive="third_party_attention:Picky")
-    with pytest.raises(ConfigError, match="two attention backends are named naive"):
+    said = "2 attention backends are named naive: tessera.attention.backends.naive:Naive and third_party_attention:Pick"
+    with pytest.raises(ConfigError, match=said) as caught:
         choose(Phase.DECODE, "naive", [SHAPE])
+    assert caught.value.hint == "uninstall the package that brings third_party_attention:Picky"
+    row = next(row for row in backend_rows([SHAPE]) if row.name == "naive")
+    assert row.reasons[0].startswith(said)
+    build_attention(config(), [SHAPE], None)
+
+
+def test_load_backend_gives_the_class_of_a_name() -> None:
+    assert load_backend("naive") is Naive
+    assert load_backend("picky") is Picky
+
+
+def test_every_name_of_ours_is_a_backend_that_knows_its_name_and_its_claim() -> None:
+    for name in BACKENDS:
+        backend = load_backend(name)
+        assert backend.name == name
+        for phase in backend.limits:
+            shape = registry.shape_in(phase, replace(SHAPE, device_type="cuda", page_size=16))
+            assert backend.claim(phase, shape).must
+
+
+def test_vision_is_refused_for_a_model_that_takes_no_images() -> None:
+    with pytest.raises(ConfigError, match="--vision-attention naive was asked, the model has no vision tower"):
+        build_attention(config(vision_attention="naive"), [SHAPE], None)
+    build_attention(config(vision_attention="auto"), [SHAPE], None)
+
+
+def test_leftover_variables_of_other_engines_get_a_warning_that_says_which_flag_to_use() -> None:
+    said = leftover_warnings(
+        {
+            "VLLM_ATTENTION_BACKEND": "XFORMERS",
+            "VLLM_FLASH_ATTN_VERSION": "3",
+            "SGLANG_ATTENTION_BACKEND": "fa3",
+            "VLLM_LOGGING_LEVEL": "INFO",
+            "HOME": "/",
+        }
+    )
+    assert len(said) == 3
+    assert said[0].startswith("environment variable VLLM_ATTENTION_BACKEND=XFORMERS has no effect")
+    assert all("--attention" in warning for warning in said)
 
 
 def test_third_party_is_not_imported_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,38 +250,37 @@ def test_third_party_is_not_imported_unless_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_rows_list_every_backend_in_every_phase() -> None:
-    rows = {(row.name, row.phase): row for row in backend_rows(SHAPE)}
-    assert len(rows) == 2 * 6
-    assert rows["torch_sdpa", Phase.PREFILL].usable
-    assert rows["torch_sdpa", Phase.PREFILL].reasons == []
-    assert rows["picky", Phase.DECODE].usable
-    assert not rows["picky", Phase.PREFILL].usable
+    rows = {(row.name, row.phase): row for row in backend_rows([SHAPE, replace(SHAPE, window=8)])}
+    assert len(rows) == 3 * len(backend_paths())
+    for phase in Phase:
+        assert rows["naive", phase].usable and rows["naive", phase].reasons == []
+    assert rows["picky", Phase.DECODE].reasons == ["no sliding window, the model has one of 8"]
     assert rows["decode_only", Phase.PREFILL].reasons == ["no prefill kernel"]
-    assert "No module named" in rows["broken", Phase.DECODE].reasons[0]
+    assert rows["decode_only", Phase.VISION].reasons == ["no vision kernel"]
+    assert not rows["flash_attn:4", Phase.VISION].usable
 
 
 def test_page_size_is_the_smallest_that_both_phases_take() -> None:
-    assert choose_page_size(TorchSdpa, TorchSdpa, None, [SHAPE]) == 16
-    assert choose_page_size(Naive, Picky, None, [SHAPE]) == 64
-    assert choose_page_size(Naive, Picky, 256, [SHAPE]) == 256
-    assert choose_page_size(Naive, TorchSdpa, 7, [SHAPE]) == 7
+    def page_size(wanted: int | None = None, **names: str) -> int:
+        return build_attention(config(**names), [SHAPE], wanted)[1]
+
+    assert page_size() == 16
+    assert page_size(decode_attention="picky") == 64
+    assert page_size(256, decode_attention="picky") == 256
+    assert page_size(7, attention="naive") == 7
 
 
 @pytest.mark.parametrize("wanted", [16, 128])
 def test_page_size_that_a_phase_refuses_is_an_error(wanted: int) -> None:
-    with pytest.raises(BackendError, match=rf"cannot share page size {wanted}: .*picky takes \(64, 256\) for decode"):
-        choose_page_size(Naive, Picky, wanted, [SHAPE])
+    with pytest.raises(BackendError, match=rf"picky cannot serve decode: page_size {wanted} not in \(64, 256\)"):
+        build_attention(config(decode_attention="picky"), [SHAPE], wanted)
 
 
-def test_phases_without_a_common_page_size_are_an_error() -> None:
-    class Tiny(Naive):
-        name: ClassVar[str] = "tiny"
-        limits: ClassVar[dict[Phase, Limits]] = {
-            Phase.PREFILL: replace(Naive.limits[Phase.PREFILL], page_sizes=range(1, 33))
-        }
-
-    with pytest.raises(BackendError, match=r"tiny takes range\(1, 33\) for prefill; picky takes \(64, 256\)"):
-        choose_page_size(Tiny, Picky, None, [SHAPE])
+def test_phases_without_a_common_page_size_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {phase: replace(limits, page_sizes=range(1, 33)) for phase, limits in Naive.limits.items()}
+    monkeypatch.setattr(Naive, "limits", small)
+    with pytest.raises(BackendError, match=r"naive takes range\(1, 33\) for prefill; picky takes \(64, 256\)"):
+        build_attention(config(prefill_attention="naive", decode_attention="picky"), [SHAPE], None)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +298,7 @@ def test_phase_flag_overrides_the_general_one(names: dict[str, str], prefill: st
     attention, _, choices = build_attention(config(**names), [SHAPE, SHAPE], None)
     assert {choice.phase: choice.backend for choice in choices} == {"prefill": prefill, "decode": decode}
     bound: dict[Phase, Any] = attention._backends
-    assert [bound[phase][0].name for phase in Phase] == [prefill, decode]
+    assert [bound[phase][0].name for phase in (Phase.PREFILL, Phase.DECODE)] == [prefill, decode]
 
 
 def test_both_phases_reasons_are_told_at_once() -> None:
@@ -235,29 +332,32 @@ def test_users_page_size_is_kept_or_refused() -> None:
 
 def test_import_error_tells_the_cause_and_is_silent_where_there_is_none() -> None:
     assert import_error("json") is None
-    assert (
-        import_error("no_such_module_at_all") == "import no_such_module_at_all: No module named 'no_such_module_at_all'"
-    )
+    assert import_error("no_such_module_at_all") == "no_such_module_at_all is not installed"
 
 
 def test_import_error_survives_what_a_wheel_for_another_torch_raises(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("wheel")
-    (folder / "wheel_for_another_torch.py").write_text("raise OSError('undefined symbol: _ZN3c10')")
+    (folder / "wheel_for_another_torch.py").write_text("raise OSError('undefined symbol:\\n_ZN3c10')")
     monkeypatch.syspath_prepend(str(folder))
-    assert import_error("wheel_for_another_torch") == "import wheel_for_another_torch: undefined symbol: _ZN3c10"
+    said = "import wheel_for_another_torch fails: undefined symbol: _ZN3c10"
+    assert import_error("wheel_for_another_torch") == said
+    monkeypatch.setattr(Picky, "needs", ("wheel_for_another_torch",))
+    with pytest.raises(BackendError, match=said):
+        choose(Phase.DECODE, "picky", [SHAPE])
 
 
 def test_limits_name_each_thing_that_does_not_fit() -> None:
-    limits = Limits((torch.bfloat16,), range(8, 257, 8), range(256, 4097, 256), ("cuda",), (9, 0))
+    limits = Limits(
+        (torch.bfloat16,), range(8, 257, 8), page_sizes=range(256, 4097, 256), devices=("cuda",), min_capability=(9, 0)
+    )
     shape = replace(SHAPE, head_dim=100, page_size=16)
     assert limits.problems(shape) == [
         "dtype torch.float32 not in (torch.bfloat16,)",
         "page_size 16 not in range(256, 4097, 256)",
         "device cpu not in ('cuda',)",
         "head_dim 100 not in range(8, 257, 8)",
-        "needs compute capability (9, 0), has (0, 0)",
     ]
     fitting = Shape(8, 8, 64, 0.1, torch.bfloat16, "cuda", (9, 0), 256)
     assert limits.problems(fitting) == []

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_workloads import DEVICES, make_batch, make_shape
+from attention_cases import DEVICES, PAGED, make_shape
 from tessera.attention.backends.naive import Naive
 from tessera.attention.backends.torch_sdpa import TorchSdpa
 from tessera.attention.contract import AttentionBackend, Batch, Phase, Shape
 from tessera.attention.reference import reference_attention
 from tessera.attention.step import Attention
+from tessera.attention.workloads import make_batch
 
 WINDOWS = [None, 8, None, 8]
 """Of each layer; two groups."""
@@ -63,8 +64,8 @@ def test_mixed_step_equals_the_oracle_in_every_layer(device: str) -> None:
     attend = attention.begin_step(k_pages, v_pages, torch.tensor(slots, device=device), batches)
     for layer in range(4):
         out = attend(layer, q, k, v)
-        for tokens, batch in batches.values():
-            wanted = reference_attention(shapes[layer % 2], batch, q[tokens], k_pages[layer], v_pages[layer])
+        for phase, (tokens, batch) in batches.items():
+            wanted = reference_attention(phase, shapes[layer % 2], batch, q[tokens], k_pages[layer], v_pages[layer])
             torch.testing.assert_close(out[tokens].double(), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -81,7 +82,7 @@ def test_step_writes_its_slots_of_its_layer_and_leaves_every_other_byte(device: 
         assert all(torch.equal(pages, other) for pages, other in zip(pools, expected))
 
 
-@pytest.mark.parametrize("phase", list(Phase))
+@pytest.mark.parametrize("phase", PAGED)
 def test_step_of_one_phase_equals_that_phase_of_a_mixed_step(phase: Phase) -> None:
     attention, _ = make_attention("cpu")
     batches, slots = make_step("cpu")
@@ -134,4 +135,4 @@ def test_plans_are_made_before_the_first_layer_and_once_a_group(monkeypatch: pyt
     batches, slots = make_step("cpu")
     k_pages, v_pages, *_ = make_tensors(25, "cpu")
     attention.begin_step(k_pages, v_pages, torch.tensor(slots), batches)
-    assert sorted(planned, key=str) == sorted(((phase, window) for phase in Phase for window in (None, 8)), key=str)
+    assert sorted(planned, key=str) == sorted(((phase, window) for phase in PAGED for window in (None, 8)), key=str)

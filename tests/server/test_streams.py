@@ -105,10 +105,17 @@ def test_metrics_are_prometheus_text(server: ServerProcess) -> None:
     assert int(values["tessera_generated_tokens_total"]) > 0 and values["tessera_engine_up"] == "1"
 
 
-def test_attention_names_the_backend_and_the_reason_of_each_phase(server: ServerProcess) -> None:
+def test_attention_names_the_backend_and_the_reason_of_each_phase_and_proves_it(server: ServerProcess) -> None:
     phases = server.http.get("/v1/attention").json()["phases"]
     assert set(phases) == {"prefill", "decode"}
-    assert all(choice["backend"] and choice["reason"] for choice in phases.values())
+    for phase, choice in phases.items():
+        assert choice["backend"] and choice["reason"]
+        assert all(reasons for reasons in choice["rejected"].values()) and "flash_attn:4" in choice["rejected"]
+        (proof,) = choice["proofs"]
+        assert (proof["phase"], proof["backend"]) == (phase, choice["backend"])
+        assert 0 < proof["time_share"] < 1 and "torch" in proof["versions"] and proof["device"].startswith("cpu")
+        assert all(use["name"] and use["calls"] >= 30 and use["microseconds"] > 0 for use in proof["symbols"])
+    assert any("proven: " in line for line in server.lines)
 
 
 def test_the_tokenizer_as_lm_eval_probes_it(server: ServerProcess) -> None:

@@ -14,9 +14,12 @@ from tessera.config import EngineConfig
 from tessera.errors import ConfigError
 from tessera.server import ipc
 from tessera.types import (
+    AttentionBucket,
     AttentionChoice,
+    AttentionProof,
     EngineInfo,
     EngineStatus,
+    KernelUse,
     Output,
     Request,
     SamplingParams,
@@ -25,9 +28,10 @@ from tessera.types import (
 
 PARAMS = SamplingParams(n=3, stop=["a", "b"], logit_bias={5: -1.5}, logprobs=2, seed=2**62, max_tokens=None)
 LOGPROBS = TokenLogprobs(7, -0.25, 1, [(7, -0.25), (8, float("-inf"))])
-INFO = EngineInfo(
-    "m", "llama", "float32", "cpu", 10, 20, [2], 16, 5, 4, 64, [AttentionChoice("prefill", "naive", "x", {"y": ["z"]})]
-)
+BUCKET = AttentionBucket("1 x 512", 1, 1, 512, "naive", None, {"naive": 0.5})
+PROOF = AttentionProof("decode", "a:b", "b", [KernelUse("k", 30, 1.5)], 0.25, "1 x 9", {"torch": "2"}, "cpu")
+CHOICES = [AttentionChoice("prefill", "naive", "x", {"y": ["z"]}, [BUCKET], [PROOF])]
+INFO = EngineInfo("m", "llama", "float32", "cpu", 10, 20, [2], 16, 5, 4, 64, CHOICES)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class Numba(AttentionBackend[NumbaPlan]):
             windows=True,
             soft_caps=True,
             sinks=True,
-            batch_invariant=True,
+            batch_invariant=("cpu",),
         )
     }
 

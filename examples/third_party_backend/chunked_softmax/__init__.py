@@ -1,0 +1,1 @@
+"""An attention backend for tessera, as a package of its own."""

@@ -1,0 +1,59 @@
+"""The self-test at load: a bound backend answers small batches of the model's own shape as the oracle does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from tessera.attention.contract import AttentionBackend, Phase, Shape
+from tessera.attention.workloads import Workload, make_case
+from tessera.errors import BackendError
+
+_LENS = {
+    Phase.PREFILL: ((33, 33), (5, 38), (1, 1), (2, 19)),
+    Phase.DECODE: ((1, 7), (1, 33), (1, 1), (1, 0)),
+    Phase.VISION: ((37, 37), (5, 5), (1, 1)),
+}
+"""Odd lengths, and where padding occurs a row of it."""
+_LONGEST = 8192
+"""A window longer than this is not crossed."""
+
+
+def self_test(backends: Iterable[AttentionBackend[Any]]) -> None:
+    """Raise BackendError for the first of bound `backends` that answers wrongly or not at all.
+
+    Takes milliseconds a backend on a CPU; on a GPU it also compiles what is compiled at first use.
+    """
+    for backend in backends:
+        if problem := self_test_problem(backend):
+            raise BackendError(
+                f"{backend.name} fails its self-test for {backend.phase} on this model's heads: {problem}",
+                f"use another --{backend.phase}-attention, and see `tessera verify {backend.name}`",
+            )
+
+
+@torch.inference_mode()
+def self_test_problem(backend: AttentionBackend[Any]) -> str | None:
+    """What is wrong with a bound backend's answers on its own shape, with the worst error; None if nothing is."""
+    phase, shape = backend.phase, backend.shape
+    for lens in _batches(phase, shape):
+        workload = Workload(lens, shape.window, 0, shape.soft_cap, shape.sinks, shape.causal)
+        case = make_case(phase, workload, shape)
+        try:
+            problems = case.problems(case.answer_of(backend))
+        except Exception as error:  # a library may raise anything; whatever it is, this backend cannot serve
+            problems = [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+        if problems:
+            return f"{'; '.join(problems)} (lengths {', '.join(f'{q} of {kv}' for q, kv in lens)})"
+    return None
+
+
+def _batches(phase: Phase, shape: Shape) -> list[tuple[tuple[int, int], ...]]:
+    """Batches of (q_len, kv_len): short ones, and one whose window has left its first tokens behind."""
+    batches = [_LENS[phase]]
+    if shape.window is not None and shape.window <= _LONGEST and phase is not Phase.VISION:
+        q_len = 1 if phase is Phase.DECODE else 3
+        batches.append(((q_len, shape.window + 13), (q_len, q_len)))
+    return batches

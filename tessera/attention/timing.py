@@ -1,0 +1,181 @@
+"""How long one call of a bound backend takes, with cold caches; on a GPU as it would run in the engine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessera.attention.contract import AttentionBackend, Batch, Phase, Shape
+from tessera.attention.step import Bucket
+from tessera.attention.workloads import make_batch
+
+MAX_COPIES = {"cpu": 3, "cuda": 8}
+"""Pools that are read in turn."""
+COPIES_BYTES = {"cpu": 2**26, "cuda": 2**30}
+"""Memory that all pools together may take, where one is not larger by itself."""
+FLUSH_BYTES = 2**28
+"""Written before every timed call on a GPU: more than any second-level cache holds."""
+REPEATS = {"cpu": 7, "cuda": 15}
+BOX_SECONDS = 0.25
+"""Repeating ends after so long."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One size of step on one shape: a batch, and for each copy the tensors (q, k, v, sinks) of a layer."""
+
+    shape: Shape
+    batch: Batch
+    copies: list[tuple[Tensor, Tensor, Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class CallTime:
+    """Milliseconds of planning a step and of running one layer."""
+
+    plan_ms: float
+    run_ms: float
+
+    def total(self, num_layers: int) -> float:
+        """Of a layer, planning shared out among all."""
+        return self.run_ms + self.plan_ms / num_layers
+
+
+def make_inputs(phase: Phase, shape: Shape, bucket: Bucket, *, max_copies: int | None = None) -> Inputs:
+    """Inputs of this size, pages shuffled, on the shape's device; as many copies as are told or memory allows."""
+    device = shape.device_type
+    tokens = bucket.num_seqs * bucket.q_len
+    size: tuple[int, ...]
+    if phase is Phase.VISION:
+        table = torch.zeros(bucket.num_seqs, 0, dtype=torch.int32)
+        size = (tokens, shape.num_kv_heads, shape.head_dim)
+    else:
+        assert shape.page_size is not None
+        pages_each = -(-bucket.kv_len // shape.page_size)
+        num_pages = bucket.num_seqs * pages_each
+        shuffled = torch.randperm(num_pages, generator=torch.Generator().manual_seed(0))
+        table = shuffled.view(bucket.num_seqs, pages_each).int()
+        size = (num_pages, shape.page_size, shape.num_kv_heads, shape.head_dim)
+    lens = ((bucket.q_len, bucket.kv_len),) * bucket.num_seqs
+    sinks = torch.randn(shape.num_q_heads, device=device) if shape.sinks else None
+    q_size = (tokens, shape.num_q_heads, shape.head_dim)
+    copies = [
+        (_random(q_size, shape), _random(size, shape), _random(size, shape), sinks)
+        for _ in range(max_copies or _num_copies(size, shape))
+    ]
+    return Inputs(shape, make_batch(lens, table, device), copies)
+
+
+def time_call(backend: AttentionBackend[Any], inputs: Inputs, *, repeats: int | None = None) -> CallTime:
+    """The time of planning and of running, after a first call, which may compile.
+
+    On a GPU the median of several; on a CPU, where other processes get in between, the least.
+    """
+    repeats = repeats or REPEATS[inputs.shape.device_type]
+    if inputs.shape.device_type == "cuda":
+        return _time_on_cuda(backend, inputs, repeats)
+    plan, plan_ms = _time_plan(lambda: backend.plan(inputs.batch), min(3, repeats))
+    run = _runs(backend, plan, inputs)
+    run(0)
+    return CallTime(plan_ms, min(_repeat(lambda i: _wall_ms(lambda: run(i)), repeats)))
+
+
+def _time_on_cuda(backend: AttentionBackend[Any], inputs: Inputs, repeats: int) -> CallTime:
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    if backend.phase is Phase.DECODE and backend.limits[backend.phase].graphs:
+        plan = backend.plan_capture(inputs.batch)
+        _, plan_ms = _time_plan(lambda: backend.update_capture(plan, inputs.batch), min(3, repeats))
+        graph = _capture(_runs(backend, plan, inputs), len(inputs.copies))
+        run_ms = statistics.median(_repeat(lambda _: _event_ms(graph.replay, flush), repeats))
+        return CallTime(plan_ms, run_ms / len(inputs.copies))
+    plan, plan_ms = _time_plan(lambda: backend.plan(inputs.batch), min(3, repeats))
+    run = _runs(backend, plan, inputs)
+    run(0)
+    torch.cuda.synchronize()
+    launches = _repeat(lambda i: _wall_ms(lambda: run(i)), min(5, repeats))  # of the host alone: nothing waits
+    torch.cuda.synchronize()
+    on_device = _repeat(lambda i: _event_ms(lambda: run(i), flush), repeats)
+    return CallTime(plan_ms, max(statistics.median(launches), statistics.median(on_device)))
+
+
+def _runs(backend: AttentionBackend[Any], plan: Any, inputs: Inputs) -> Callable[[int], Tensor]:
+    """A call of one layer; which copy it reads depends on the number it is given."""
+
+    def run(number: int) -> Tensor:
+        q, k, v, sinks = inputs.copies[number % len(inputs.copies)]
+        return backend.run(plan, q, k, v, sinks)
+
+    return run
+
+
+def _capture(run: Callable[[int], Tensor], num_runs: int) -> torch.cuda.CUDAGraph:
+    """One run of each copy as a CUDA graph, after two warm-up calls on a stream of their own."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for number in range(2):
+            run(number)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for number in range(num_runs):
+            run(number)
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def _event_ms(call: Callable[[], object], flush: Tensor) -> float:
+    """Milliseconds on the device, behind a write that empties its cache and that hides the launch."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    flush.zero_()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def _time_plan(plan: Callable[[], Any], repeats: int) -> tuple[Any, float]:
+    """A plan, and the least milliseconds that making one takes after the first."""
+    made = plan()
+    return made, min(_repeat(lambda _: _wall_ms(plan), repeats))
+
+
+def _wall_ms(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return (time.perf_counter() - started) * 1000
+
+
+def _repeat(measure: Callable[[int], float], repeats: int) -> list[float]:
+    """What `measure` returns, at least once and until the time for it is over."""
+    end = time.perf_counter() + BOX_SECONDS
+    times = []
+    for number in range(repeats):
+        times.append(measure(number))
+        if time.perf_counter() > end:
+            break
+    return times
+
+
+def _random(size: tuple[int, ...], shape: Shape) -> Tensor:
+    """Random numbers, of which only a small piece is drawn: drawing all would take longer than timing."""
+    if len(size) < 4:
+        return torch.randn(size, dtype=shape.dtype, device=shape.device_type)
+    page = torch.randn(size[1:], dtype=shape.dtype, device=shape.device_type)
+    return page.expand(size).contiguous()
+
+
+def _num_copies(size: tuple[int, ...], shape: Shape) -> int:
+    num_bytes = 2 * shape.dtype.itemsize
+    for length in size:
+        num_bytes *= length
+    return max(1, min(MAX_COPIES[shape.device_type], COPIES_BYTES[shape.device_type] // num_bytes))
