@@ -30,7 +30,7 @@ from tessera.types import AttentionChoice
 
 AUTO = {
     Phase.PREFILL: ("flash_attn:4", "triton", "torch_sdpa", "flex", "naive"),
-    Phase.DECODE: ("triton", "numba", "torch_sdpa", "flex", "naive"),
+    Phase.DECODE: ("triton", "torch_sdpa", "flex", "naive"),
     Phase.VISION: ("flash_attn:4", "torch_sdpa", "triton", "naive"),
 }
 """What auto tries in each phase where it may not measure, best first; where it may, what it prefers of equals."""

@@ -32,7 +32,6 @@ SIGNATURES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"^_?(packed|paged_decode|paged_prefill)_kernel|^triton_interpreted::", ("triton",)),
     (r"aten::_scaled_dot_product_flash_attention_for_cpu", ("torch_sdpa:flash",)),
     (r"aten::_scaled_dot_product_attention_math", ("torch_sdpa:math",)),
-    (r"tessera::paged_decode_cpu", ("numba",)),
 )
 """Whose kernel or operator a name belongs to; the first pattern that is found decides."""
 _PLAIN = ("naive", "torch_sdpa", "torch_sdpa:math")

@@ -38,7 +38,6 @@ _OURS = {
         "math": "TorchSdpaMath",
     },
     "flex": {"": "Flex"},
-    "numba": {"": "Numba"},
     "naive": {"": "Naive"},
 }
 BACKENDS = {

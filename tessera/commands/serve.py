@@ -80,7 +80,7 @@ def _attention_rows(choice: AttentionChoice) -> list[tuple[str, str]]:
 
 
 def _proof_line(proof: AttentionProof) -> str:
-    """`proven: numba ran tessera::paged_decode_cpu x30, 12% of a step of 2 x 100`."""
+    """`proven: triton ran paged_decode_kernel x30, 12% of a step of 2 x 100`."""
     symbols = ", ".join(f"{use.name:.80} x{use.calls}" for use in proof.symbols[:2])
     share = "alone" if proof.time_share is None else f"{proof.time_share:.0%} of a step of {proof.step}"
     return f"proven: {proof.backend} ran {symbols}, {share}"

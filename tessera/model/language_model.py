@@ -55,7 +55,7 @@ class LanguageModel(nn.Module, ABC):
     def prepare(self) -> None:
         """Let every linear layer pack its weight; called once, after loading."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
-        for _ in for_each(Linear.prepare, linears):
+        for _ in for_each(lambda linear: linear.prepare(), linears):
             pass
 
 

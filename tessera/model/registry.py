@@ -65,7 +65,8 @@ def num_weight_bytes(spec: ModelSpec, dtype: torch.dtype, device: torch.device |
     """Memory that the weights take on `device` (a CPU where left out), before any is allocated."""
     model = FAMILIES[spec.architecture](spec, Placement(dtype, torch.device("meta")))
     total = sum(_num_bytes(parameter) for parameter in model.parameters())
-    packed_again = spec.tie_word_embeddings and packs(dtype, device or torch.device("cpu"))
+    twice = spec.tie_word_embeddings or dtype != torch.float32  # see Head
+    packed_again = twice and packs(dtype, device or torch.device("cpu"))
     return total + (_num_bytes(model.embedding.weight) if packed_again else 0)
 
 

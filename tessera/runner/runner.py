@@ -55,7 +55,7 @@ class Runner:
 
     @torch.inference_mode()
     def logits(self, step: Step) -> Tensor:
-        """[tokens, vocab] float32: the logits behind every token of a step, whose pages are written; to measure accuracy.
+        """[tokens, vocab] float32: the logits behind every token of a step, to measure accuracy; its pages are written.
 
         Rows stand as the step's sequences do, the tokens of each together.
         """

@@ -15,7 +15,7 @@ from attention_cases import make_shape
 from tessera import LLM
 from tessera.attention import registry
 from tessera.attention.backends.naive import Naive
-from tessera.attention.backends.torch_sdpa import TorchSdpa
+from tessera.attention.backends.torch_sdpa import TorchSdpa, TorchSdpaFlash
 from tessera.attention.contract import AttentionBackend, Claim, Phase, Shape
 from tessera.attention.prove import claim_problems, family_problems, profile_kernels, prove_alone
 from tessera.attention.selftest import self_test
@@ -124,6 +124,33 @@ def test_a_backend_that_calls_itself_flash_attn_and_calls_sdpa_fails(phase: Phas
     assert said.startswith(f"flash_attn is not what attends in {phase}: no kernel matches its claim 'FlashAttnFwdSm90'")
     assert "belongs to torch_sdpa:flash" in said and "claimed was 'FlashAttnFwdSm90', the longest that ran were" in said
     assert caught.value.hint and f"--{phase}-attention" in caught.value.hint
+
+
+class FalseFa3(TorchSdpaFlash):
+    """Claims FlashAttention 3 and runs torch's build of FlashAttention 2."""
+
+    name: ClassVar[str] = "flash_attn:3"
+
+    @classmethod
+    def claim(cls, phase: Phase, shape: Shape) -> Claim:
+        return Claim(must=("FlashAttnFwdSm90",))
+
+
+class BolderFa3(FalseFa3):
+    """Claims just what it runs."""
+
+    @classmethod
+    def claim(cls, phase: Phase, shape: Shape) -> Claim:
+        return Claim(must=("flash_fwd",))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("phase", list(Phase))
+@pytest.mark.parametrize("backend", [FalseFa3, BolderFa3], ids=lambda backend: backend.__name__)
+def test_flash_attention_2_under_the_name_of_3_fails(backend: type[AttentionBackend[Any]], phase: Phase) -> None:
+    liar = bound(backend, phase, device="cuda", dtype=torch.bfloat16, head_dim=64)
+    with pytest.raises(BackendError, match=r"flash_attn:3 is not what attends.*pytorch_flash"):
+        prove_alone(liar, SIZES[phase])
 
 
 def test_a_claim_that_fits_what_ran_does_not_help_a_false_name() -> None:

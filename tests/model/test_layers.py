@@ -42,10 +42,37 @@ def test_prepared_linear_lets_go_of_its_weight() -> None:
     assert linear.packed is packed
 
 
-def test_half_types_are_not_packed() -> None:
-    linear = _linear(8, 4, bias=True, placement=Placement(torch.bfloat16, torch.device("cpu")))
+def test_types_that_the_processor_cannot_multiply_are_not_packed() -> None:
+    linear = _linear(8, 4, bias=True, placement=Placement(torch.float16, torch.device("cpu")))
     linear.prepare()
     assert linear.packed is None
+
+
+@pytest.mark.skipif(not packs(torch.bfloat16, torch.device("cpu")), reason="this processor does not multiply bfloat16")
+def test_packed_bfloat16_gives_the_product_of_the_unpacked() -> None:
+    linear = _linear(64, 48, bias=True, placement=Placement(torch.bfloat16, torch.device("cpu")))
+    hidden = torch.randn(5, 64, dtype=torch.bfloat16)
+    expected = linear(hidden)
+    linear.prepare()
+    assert linear.packed is not None
+    torch.testing.assert_close(linear(hidden), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_leading_logits_of_half_types_are_not_rounded_to_them(tied: bool) -> None:
+    """20.0625 and 20.09 are one number in bfloat16: the second must still win."""
+    placement = Placement(torch.bfloat16, torch.device("cpu"))
+    embedding = Embedding(100, 2, placement)
+    embedding.weight.zero_()
+    head = Head(embedding, tied=tied, placement=placement)
+    head.weight.copy_(torch.zeros(100, 2))
+    head.weight[7], head.weight[3] = torch.tensor([20.0, 0.09375]), torch.tensor([20.0, 0.0625])
+    hidden = torch.ones(1, 2, dtype=torch.bfloat16)
+    for _ in range(2):
+        logits = head(hidden)
+        assert logits.dtype == torch.float32
+        assert logits[0, 7] == 20.09375 and logits[0, 3] == 20.0625
+        head.prepare()
 
 
 def test_tied_head_shares_the_embedding_and_leaves_it_for_lookup() -> None:

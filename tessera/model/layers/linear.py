@@ -12,8 +12,9 @@ from tessera.model.layers.parameter import Placement
 class Linear(nn.Module):
     """x · weightᵀ + bias.
 
-    After `prepare`, in fp32 on a CPU, oneDNN multiplies by a weight packed once: faster, and with AVX2 a row
-    of the result had the same bits whatever other rows came with it, which `functional.linear` does not keep.
+    After `prepare`, on a CPU in the types that `packs` names, oneDNN multiplies by a weight packed once: faster,
+    and with AVX2 in fp32 a row of the result had the same bits whatever other rows came with it, which
+    `functional.linear` does not keep.
     """
 
     weight: nn.Parameter
@@ -45,5 +46,7 @@ class Linear(nn.Module):
 
 
 def packs(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `Linear.prepare` packs weights of this type there."""
-    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and torch._C._has_mkldnn
+    """Whether `Linear.prepare` packs weights of this type there: bfloat16 where the processor can multiply it."""
+    if device.type != "cpu" or not torch._C._has_mkldnn:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
