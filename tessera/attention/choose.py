@@ -34,8 +34,6 @@ AUTO = {
     Phase.VISION: ("flash_attn:4", "torch_sdpa", "triton", "naive"),
 }
 """What auto tries in each phase where it may not measure, best first; where it may, what it prefers of equals."""
-NAMED_ONLY = {"cpu": {"flex": "compiling it takes tens of seconds on a CPU: name it to use it"}, "cuda": {}}
-"""Backends that auto leaves alone on a kind of device, and why."""
 PAGE_SIZES = (16, 32, 64, 128, 256)
 _PAGED = (Phase.PREFILL, Phase.DECODE)
 
@@ -140,12 +138,13 @@ def _candidates(phase: Phase, names: Sequence[str], shapes: Sequence[Shape]) -> 
     """
     device_type = shapes[0].device_type
     rejected = {name: reasons_against(name, phase, shapes) for name in names}
-    for name, why in NAMED_ONLY[device_type].items():
-        if name in names:
-            rejected[name] = rejected[name] or [why]
+    for name in names:
+        if not rejected[name]:
+            costs = (load_checked(name).costly(phase, shape) for shape in shapes)
+            rejected[name] = list(dict.fromkeys(cost for cost in costs if cost))
     usable = [name for name in names if not rejected[name]]
     if device_type == "cpu":
-        steady = [name for name in usable if load_checked(name).limits[phase].batch_invariant] or usable
+        steady = [name for name in usable if device_type in load_checked(name).limits[phase].batch_invariant] or usable
         unsteady = ["does not promise the same bits whatever else is in the batch"]
         rejected |= {name: unsteady for name in usable if name not in steady}
         usable = steady

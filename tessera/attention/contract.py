@@ -198,6 +198,14 @@ class AttentionBackend(ABC, Generic[Plan]):
         return reasons or [error for module in cls.needs if (error := import_error(module))]
 
     @classmethod
+    def costly(cls, phase: Phase, shape: Shape) -> str | None:
+        """Why first use takes many seconds here, such as a compilation that no cache holds yet; None if it does not.
+
+        Auto leaves such a backend to be named. Only asked where nothing else is against it.
+        """
+        return None
+
+    @classmethod
     @abstractmethod
     def claim(cls, phase: Phase, shape: Shape) -> Claim:
         """The kernels that `run` launches in `phase` on `shape`; it must name at least one."""

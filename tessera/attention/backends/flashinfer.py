@@ -6,16 +6,14 @@ each, unless the package flashinfer-jit-cache brings them ready-made.
 
 from __future__ import annotations
 
-import os
-import shutil
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from tessera.attention.backends.flashinfer_build import build_needed, has_nvcc
 from tessera.attention.backends.page_lists import PageLists, list_pages, starts_of
 from tessera.attention.contract import AttentionBackend, Batch, Claim, Limits, Phase, Shape, is_installed
 
@@ -90,6 +88,8 @@ class _FlashInfer(AttentionBackend[PlannedWrapper]):
     needs: ClassVar[tuple[str, ...]] = ("flashinfer",)
     packages: ClassVar[tuple[str, ...]] = ("flashinfer-python", "torch")
     install: ClassVar[str | None] = "pip install tessera-llm[flashinfer]"
+    _kernels: ClassVar[str]
+    """fa2, fa3, or decode for the kernels of their own that CUDA cores have."""
 
     @classmethod
     def reasons_against(cls, phase: Phase, shape: Shape) -> list[str]:
@@ -105,6 +105,11 @@ class _FlashInfer(AttentionBackend[PlannedWrapper]):
                 "flashinfer-jit-cache"
             )
         return reasons
+
+    @classmethod
+    def costly(cls, phase: Phase, shape: Shape) -> str | None:
+        """A kernel that no earlier use has left on disk takes nvcc up to a minute and a half."""
+        return build_needed(cls._kernels, shape)
 
     def __init__(self, phase: Phase, shape: Shape) -> None:
         super().__init__(phase, shape)
@@ -126,8 +131,6 @@ class _FlashInfer(AttentionBackend[PlannedWrapper]):
 
 class _Prefill(_FlashInfer):
     """PREFILL over pages and VISION over packed keys, by the kernels of one generation."""
-
-    _kernels: ClassVar[str]
 
     def __init__(self, phase: Phase, shape: Shape) -> None:
         super().__init__(phase, shape)
@@ -256,6 +259,7 @@ class FlashInferTensorCores(_Decode):
     name: ClassVar[str] = "flashinfer:tensor_cores"
     limits: ClassVar[dict[Phase, Limits]] = {Phase.DECODE: _TENSOR_CORES}
     _tensor_cores: ClassVar[bool] = True
+    _kernels: ClassVar[str] = "fa2"
 
     @classmethod
     def claim(cls, phase: Phase, shape: Shape) -> Claim:
@@ -269,19 +273,12 @@ class FlashInferCudaCores(_Decode):
     name: ClassVar[str] = "flashinfer:cuda_cores"
     limits: ClassVar[dict[Phase, Limits]] = {Phase.DECODE: _CUDA_CORES}
     _tensor_cores: ClassVar[bool] = False
+    _kernels: ClassVar[str] = "decode"
 
     @classmethod
     def claim(cls, phase: Phase, shape: Shape) -> Claim:
         """The decode kernel, and not the one for prefill."""
         return Claim(must=(_DECODE,), must_not=(*_NOT_OURS, _ON_HOPPER, _PAGED))
-
-
-def has_nvcc() -> bool:
-    """Whether the library will find a compiler where it looks: CUDA_HOME, the path, /usr/local/cuda."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home is not None:
-        return (Path(home) / "bin" / "nvcc").exists()
-    return shutil.which("nvcc") is not None or Path("/usr/local/cuda/bin/nvcc").exists()
 
 
 @cache

@@ -65,6 +65,11 @@ class Flex(AttentionBackend[FlexPlan]):
         return reasons + _cpu_reasons(shape) if shape.device_type == "cpu" else reasons
 
     @classmethod
+    def costly(cls, phase: Phase, shape: Shape) -> str | None:
+        """On a CPU every new size is compiled by a C++ compiler."""
+        return "compiling it takes tens of seconds on a CPU: name it to use it" if shape.device_type == "cpu" else None
+
+    @classmethod
     def claim(cls, phase: Phase, shape: Shape) -> Claim:
         """Inductor's own kernel, by the name it is given; on a CPU also none of the unfused operators."""
         if shape.device_type == "cpu":
