@@ -37,7 +37,7 @@ BUCKETS = {
 SETUP_SECONDS = {"cpu": 20.0, "cuda": 20.0}
 """No further candidate of a phase is set up, tested and compiled after so long: far more than it takes, lest one that
 compiles slowly wins because nobody else was tried."""
-TIMING_SECONDS = {"cpu": 1.0, "cuda": 5.0}
+TIMING_SECONDS = {"cpu": 1.0, "cuda": 4.0}
 """No further size is timed after so long; what is begun is finished with single calls."""
 FIRST_CALL_SECONDS = 20.0
 """A backend that takes longer to compile is left out."""

@@ -80,7 +80,7 @@ def time_call(backend: AttentionBackend[Any], inputs: Inputs, *, repeats: int | 
     repeats = repeats or REPEATS[inputs.shape.device_type]
     if inputs.shape.device_type == "cuda":
         return _time_on_cuda(backend, inputs, repeats)
-    plan, plan_ms = _time_plan(lambda: backend.plan(inputs.batch), min(3, repeats))
+    plan, plan_ms = _time_plan(lambda: backend.plan(inputs.batch), min(5, repeats))
     run = _runs(backend, plan, inputs)
     run(0)
     return CallTime(plan_ms, min(_repeat(lambda i: _wall_ms(lambda: run(i)), repeats)))
@@ -90,11 +90,11 @@ def _time_on_cuda(backend: AttentionBackend[Any], inputs: Inputs, repeats: int) 
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     if backend.phase is Phase.DECODE and backend.limits[backend.phase].graphs:
         plan = backend.plan_capture(inputs.batch)
-        _, plan_ms = _time_plan(lambda: backend.update_capture(plan, inputs.batch), min(3, repeats))
+        _, plan_ms = _time_plan(lambda: backend.update_capture(plan, inputs.batch), min(5, repeats))
         graph = _capture(_runs(backend, plan, inputs), len(inputs.copies))
         run_ms = statistics.median(_repeat(lambda _: _event_ms(graph.replay, flush), repeats))
         return CallTime(plan_ms, run_ms / len(inputs.copies))
-    plan, plan_ms = _time_plan(lambda: backend.plan(inputs.batch), min(3, repeats))
+    plan, plan_ms = _time_plan(lambda: backend.plan(inputs.batch), min(5, repeats))
     run = _runs(backend, plan, inputs)
     run(0)
     torch.cuda.synchronize()
