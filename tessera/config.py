@@ -239,7 +239,7 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
     """
     for name in environment:
         if name.startswith("TESSERA_") and name not in ENVIRONMENT_NAMES:
-            near = difflib.get_close_matches(name, ENVIRONMENT_NAMES, n=1)
+            near = difflib.get_close_matches(name, ENVIRONMENT_NAMES, n=1, cutoff=0.8)
             raise ConfigError(
                 f"environment variable {name} has no effect; tessera reads {', '.join(ENVIRONMENT_NAMES)} only",
                 f"did you mean {near[0]}?" if near else f"unset {name}; settings are flags, see `tessera serve --help`",

@@ -261,3 +261,11 @@ def test_the_demo_works_without_a_terminal() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Paris" in done.stdout and "0 not returned" in done.stdout and "decode attention" in done.stdout
     assert "\x1b" not in done.stdout
+
+
+def test_backends_lists_those_that_are_named_and_refuses_unknown_ones() -> None:
+    done = run("backends", "--json", "--device", "cpu", "--decode-attention", "naive")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["backend"], row["phase"]) for row in rows] == [("naive", "decode")]
+    refused = run("backends", "--attention", "niave")
+    assert refused.returncode == 2 and "did you mean naive?" in refused.stderr

@@ -188,7 +188,7 @@ def _as_choice(phase: Phase, measured: Measured, reason: str) -> AttentionChoice
     wins = Counter(bucket.backend for bucket in measured.buckets)
     most = wins.most_common(1)[0][0]
     if all(len(bucket.times_ms) == 1 for bucket in measured.buckets):
-        reason = "auto: the only one that can serve"
+        reason = "auto: the only one it may take here"
     return AttentionChoice(str(phase), most, reason, measured.rejected, measured.buckets)
 
 

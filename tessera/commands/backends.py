@@ -11,11 +11,12 @@ import msgspec
 
 from tessera.commands.flags import Parser, add_model, engine_config
 from tessera.commands.table import render
-from tessera.config import EngineConfig
+from tessera.config import AttentionConfig, EngineConfig
 from tessera.log import logger
 
 if TYPE_CHECKING:
     from tessera.attention.contract import Shape
+    from tessera.attention.registry import BackendRow
 
 
 def add_flags(parser: Parser) -> None:
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     for warning in leftover_warnings():
         logger.warning("%s", warning)
     name, shapes = model_shapes(config)
-    rows = backend_rows(shapes)
+    rows = [row for row in backend_rows(shapes) if _is_asked(row, config.attention)]
     if args.json:
         for row in rows:
             fields = {
@@ -59,6 +60,21 @@ def run(args: argparse.Namespace) -> int:
     ]
     sys.stdout.write(render([("backend", "phase", "usable", "why not, or how"), *cells], indent="") + "\n")
     return 0
+
+
+def _is_asked(row: BackendRow, attention: AttentionConfig) -> bool:
+    """Whether a row belongs to what --attention and its like name; all do where they name nothing."""
+    from tessera.attention.registry import check_name
+
+    named = {
+        "prefill": attention.prefill_attention,
+        "decode": attention.decode_attention,
+        "vision": attention.vision_attention,
+    }
+    wanted = [name for name in (attention.attention, *named.values()) if name not in (None, "auto")]
+    for name in wanted:
+        check_name(name)
+    return not wanted or row.name in (named[str(row.phase)] or attention.attention,)
 
 
 def _prove(config: EngineConfig, as_json: bool) -> int:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
+from tessera.commands.table import proof_line
 from tessera.config import EngineConfig
 from tessera.engine.build import build_engine
 from tessera.model.source import find_model
@@ -24,6 +25,9 @@ class LocalModel:
         source = find_model(config.model)
         self.tokenizer = load_tokenizer(source, config.model)
         self.engine = build_engine(config, progress=sys.stderr.isatty())
+        for choice in self.engine.info.attention:
+            for proof in choice.proofs:
+                sys.stderr.write(f"{choice.phase} attention {proof_line(proof)}\n")
         self._ids = itertools.count()
 
     def text_of(self, prompt: str, params: SamplingParams, *, add_special_tokens: bool) -> RequestText:

@@ -7,11 +7,11 @@ import os
 from dataclasses import fields, replace
 
 from tessera.commands.flags import Parser, add_model, add_settings, engine_config
-from tessera.commands.table import render
+from tessera.commands.table import proof_line, render
 from tessera.config import EngineConfig, ServerConfig, check_section, settings_of
 from tessera.errors import ConfigError
 from tessera.log import logger
-from tessera.types import AttentionChoice, AttentionProof, EngineInfo
+from tessera.types import AttentionChoice, EngineInfo
 
 
 def add_flags(parser: Parser) -> None:
@@ -69,7 +69,7 @@ def describe(info: EngineInfo) -> list[tuple[str, str]]:
 
 def _attention_rows(choice: AttentionChoice) -> list[tuple[str, str]]:
     """The backend of a phase, its proofs, the sizes of step it was measured in, every other and why it is not it."""
-    proofs = [("", _proof_line(proof)) for proof in choice.proofs]
+    proofs = [("", proof_line(proof)) for proof in choice.proofs]
     buckets = [
         ("", f"{bucket.size}: {bucket.backend}" + (f", then {bucket.runner_up}" if bucket.runner_up else "") + times)
         for bucket in choice.buckets
@@ -77,10 +77,3 @@ def _attention_rows(choice: AttentionChoice) -> list[tuple[str, str]]:
     ]
     others = [("", f"not {name}: {'; '.join(reasons)}") for name, reasons in choice.rejected.items()]
     return [(f"{choice.phase} attention", f"{choice.backend} ({choice.reason})"), *proofs, *buckets, *others]
-
-
-def _proof_line(proof: AttentionProof) -> str:
-    """`proven: triton ran paged_decode_kernel x30, 12% of a step of 2 x 100`."""
-    symbols = ", ".join(f"{use.name:.80} x{use.calls}" for use in proof.symbols[:2])
-    share = "alone" if proof.time_share is None else f"{proof.time_share:.0%} of a step of {proof.step}"
-    return f"proven: {proof.backend} ran {symbols}, {share}"
