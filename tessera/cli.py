@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 from tessera import __version__, log
 from tessera.commands import backends, chat, generate, serve, verify
+from tessera.commands.bench import command as bench
 from tessera.commands.flags import Parser
 from tessera.config import check_environment
 from tessera.errors import ConfigError, TesseraError
 
-COMMANDS = {"serve": serve, "generate": generate, "chat": chat, "backends": backends, "verify": verify}
+COMMANDS = {"serve": serve, "generate": generate, "chat": chat, "backends": backends, "verify": verify, "bench": bench}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,10 +41,11 @@ def _run(argv: list[str]) -> int:
     for name, module in COMMANDS.items():
         text = (module.__doc__ or "").strip()
         commands[name] = subparsers.add_parser(name, help=text.splitlines()[0], description=text)
-        module.add_flags(commands[name])
         commands[name].add_argument("--log-level", choices=LOG_LEVELS, default="info", help="What goes to stderr.")
+        commands[name].set_defaults(parser=commands[name])
+        module.add_flags(commands[name])
     args, extra = parser.parse_known_args(argv)
-    parser.refuse_unknown(extra, commands.get(args.command, parser))
+    parser.refuse_unknown(extra, getattr(args, "parser", parser))
     if args.command is None:
         parser.print_help()
         return 2

@@ -174,7 +174,8 @@ class EngineConfig:
         )
 
 
-RANGES: dict[str, tuple[float, float]] = {
+Ranges = Mapping[str, tuple[float, float]]
+RANGES: Ranges = {
     "max_model_len": (1, 2**31),
     "tensor_parallel_size": (1, 1024),
     "cpu_threads": (1, 4096),
@@ -189,7 +190,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "engine_timeout": (0.1, 86400),
     "seed": (-(2**63), 2**63 - 1),
 }
-"""Lowest and highest value of each numeric setting."""
+"""Lowest and highest value of each numeric setting; a section elsewhere brings its own as an attribute RANGES."""
 
 
 @dataclass(frozen=True)
@@ -253,27 +254,27 @@ def check_section(section: object) -> None:
         value = getattr(section, setting.name)
         if value is None and setting.optional:
             continue
-        if not _fits(value, setting):
-            raise ConfigError(f"{setting.name} must be {_expected(setting)}, got {value!r}", f"mend {setting.flag}")
+        ranges: Ranges = getattr(kind, "RANGES", RANGES)
+        if not _fits(value, setting, ranges):
+            expected = _expected(setting, ranges)
+            raise ConfigError(f"{setting.name} must be {expected}, got {value!r}", f"mend {setting.flag}")
 
 
-def _fits(value: Any, setting: Setting) -> bool:
+def _fits(value: Any, setting: Setting, ranges: Ranges) -> bool:
     if setting.choices is not None:
         return value in setting.choices
     if setting.kind is bool or setting.kind is str:
         return isinstance(value, setting.kind)
     allowed = (int, float) if setting.kind is float else (int,)
-    if not isinstance(value, allowed) or isinstance(value, bool):
-        return False
-    low, high = RANGES[setting.name]
-    return low <= value <= high
+    low, high = ranges[setting.name]
+    return isinstance(value, allowed) and not isinstance(value, bool) and low <= value <= high
 
 
-def _expected(setting: Setting) -> str:
+def _expected(setting: Setting, ranges: Ranges) -> str:
     if setting.choices is not None:
         return "one of " + ", ".join(setting.choices)
-    if setting.name in RANGES:
-        low, high = RANGES[setting.name]
+    if setting.name in ranges:
+        low, high = ranges[setting.name]
         return f"{'a whole number' if setting.kind is int else 'a number'} from {low:g} to {high:g}"
     return f"a {setting.kind.__name__}"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Iterable
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
-from tessera.config import EngineConfig, Setting, field_docstrings, section_types, settings_of
+from tessera.config import EngineConfig, Setting, check_section, field_docstrings, section_types, settings_of
 from tessera.errors import ConfigError, RequestError
 from tessera.types import SamplingParams
 
@@ -86,6 +86,18 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     if word is not None and given.setdefault("model", word) != word:
         raise ConfigError(f"two models are given: {word} and --model {given['model']}", "leave one of them out")
     return EngineConfig.from_flat(given)
+
+
+Section = TypeVar("Section")
+
+
+def read_section(args: argparse.Namespace, section: type[Section]) -> Section:
+    """The settings of one section given on the command line. ConfigError on a value out of range."""
+    kind: type = section
+    names = [setting.name for setting in settings_of(kind)]
+    read = section(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+    check_section(read)
+    return read
 
 
 def sampling(args: argparse.Namespace, **defaults: Any) -> SamplingParams:

@@ -1,0 +1,53 @@
+"""Settings that benchmarks share, in the manner of `tessera.config`: a docstring under each field is its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from tessera.config import Ranges
+from tessera.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What is compared, how often, and where the rows go."""
+
+    backends: str = "usable"
+    """Comma separated: names that `tessera backends` lists, `PREFILL+DECODE` for a pair, auto; `usable` stands for auto
+    and all that can serve here, `all` for all there are, the others as rows that say why not."""
+    repeats: int = 5
+    """Times that each case is run, all subjects in turn."""
+    out: str | None = None
+    """File that rows are appended to, as JSON lines. Left out: results/ and the benchmark's name."""
+
+    RANGES: ClassVar[Ranges] = {"repeats": (1, 1000)}
+
+    def out_path(self, kind: str) -> Path:
+        """The file for the rows of a benchmark of this kind; ConfigError for a name that is no .jsonl file."""
+        path = Path(self.out) if self.out is not None else Path("results") / f"{kind}.jsonl"
+        if path.suffix != ".jsonl":
+            raise ConfigError(f"--out {path} does not end in .jsonl", f"use --out {path.with_suffix('.jsonl')}")
+        return path
+
+
+def numbers(flag: str, text: str, kind: type[int] | type[float], low: float, high: float) -> list[float]:
+    """The numbers of a comma-separated flag; ConfigError, naming the flag, for one that is none or out of range."""
+    found = []
+    for word in text.split(","):
+        try:
+            found.append(kind(word))
+        except ValueError:
+            raise ConfigError(f"{flag} has {word.strip()!r}, which is not a number", f"use {flag} 1,2,4") from None
+        if not low <= found[-1] <= high:
+            raise ConfigError(f"{flag} has {word.strip()}, which is not between {low:g} and {high:g}", f"mend {flag}")
+    return found
+
+
+def require(module: str, extra: str, purpose: str) -> None:
+    """Raise ConfigError where `module`, which an extra installs, is missing."""
+    from tessera.attention.contract import import_error
+
+    if problem := import_error(module):
+        raise ConfigError(f"{purpose} needs {module}: {problem}", f"pip install 'tessera-llm[{extra}]'")

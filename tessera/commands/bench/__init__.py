@@ -1,0 +1,1 @@
+"""The benchmarks as subcommands of `tessera bench`, one module each."""
