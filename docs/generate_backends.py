@@ -33,6 +33,12 @@ lists them for a model); a backend may refuse more, where it depends on the mach
 - **group**: query heads a key-value head. **both ways**: not causal, over pages; vision always is.
 - **graphs**: a CUDA graph may record it. **invariant**: a sequence's bits do not depend on the rest of the batch.
 """
+BUILT = """
+**flashinfer** has a module for each type, head size and feature (a window, a soft cap), compiled on first use and kept
+on disk. Auto does not wait for that and leaves out what is not built yet. Named once, as in `--prefill-attention
+flashinfer:fa2`, it is built with nvcc, about a minute a variant; auto takes it from then on, where it is the fastest.
+The package `flashinfer-jit-cache` brings the modules ready-made.
+"""
 COLUMNS = (
     "backend",
     "types",
@@ -83,7 +89,7 @@ def install_section(backends: Backends) -> str:
     for name, backend in backends.items():
         phases = ", ".join(phase for phase in Phase if phase in backend.limits)
         rows.append((f"`{name}`", phases, ", ".join(backend.needs) or "-", _code(backend.install)))
-    return "## What to install\n" + table(rows)
+    return "## What to install\n" + table(rows) + BUILT
 
 
 def phase_section(phase: Phase, backends: Backends) -> str:
@@ -92,7 +98,7 @@ def phase_section(phase: Phase, backends: Backends) -> str:
     rows: list[Sequence[str]] = [columns]
     for name, backend in backends.items():
         if phase in backend.limits:
-            cells = _limit_cells(backend.limits[phase]) | {"backend": f"`{name}`"}
+            cells = _limit_cells(backend.limits[phase]) | {"backend": f"`{name}`", "types": _types(backend, phase)}
             rows.append([cells[column] for column in columns])
     return f"## {phase.capitalize()}\n" + table(rows)
 
@@ -130,7 +136,6 @@ def _line(cells: Iterable[str]) -> str:
 def _limit_cells(limits: Limits) -> dict[str, str]:
     head_dim = _sizes(limits.head_dims, EVERYTHING["head_dim"])
     return {
-        "types": ", ".join(dtype_name(dtype) for dtype in TOLERANCE if dtype in limits.dtypes),
         "head_dim": head_dim + _padded(limits),
         "page size": _sizes(limits.page_sizes, EVERYTHING["page size"]),
         "group": _sizes(limits.groups, EVERYTHING["group"]),
@@ -142,6 +147,15 @@ def _limit_cells(limits: Limits) -> dict[str, str]:
         "invariant": ", ".join(d for d in ("cpu", "cuda") if d in limits.batch_invariant) or "no",
         "devices": _devices(limits),
     }
+
+
+def _types(backend: type[AttentionBackend[Any]], phase: Phase) -> str:
+    """The types of the limits, and where a device takes fewer of them, which."""
+    types = [dtype for dtype in TOLERANCE if dtype in backend.limits[phase].dtypes]
+    words = [", ".join(map(dtype_name, types))]
+    for device, taken in getattr(backend, "dtypes_on", {}).items():
+        words.append(f"on {device} {', '.join(dtype_name(dtype) for dtype in types if dtype in taken)} only")
+    return "; ".join(words)
 
 
 def _padded(limits: Limits) -> str:

@@ -190,7 +190,7 @@ RANGES: Ranges = {
     "engine_timeout": (0.1, 86400),
     "seed": (-(2**63), 2**63 - 1),
 }
-"""Lowest and highest value of each numeric setting; a section elsewhere brings its own as an attribute RANGES."""
+"""Lowest and highest of each number; a section elsewhere brings its own as an attribute RANGES."""
 
 
 @dataclass(frozen=True)
@@ -256,8 +256,8 @@ def check_section(section: object) -> None:
             continue
         ranges: Ranges = getattr(kind, "RANGES", RANGES)
         if not _fits(value, setting, ranges):
-            expected = _expected(setting, ranges)
-            raise ConfigError(f"{setting.name} must be {expected}, got {value!r}", f"mend {setting.flag}")
+            message = f"{setting.name} must be {_expected(setting, ranges)}, got {value!r}"
+            raise ConfigError(message, f"mend {setting.flag}")
 
 
 def _fits(value: Any, setting: Setting, ranges: Ranges) -> bool:

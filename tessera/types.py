@@ -126,7 +126,7 @@ class KernelUse:
     name: str
     calls: int
     microseconds: float
-    """Of all calls together; of an operator without those it calls."""
+    """Of all calls together; of an operator without those it calls, unless it is claimed."""
 
 
 @dataclass(frozen=True, slots=True)

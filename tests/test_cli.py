@@ -91,6 +91,8 @@ def test_flags_become_the_settings_and_defaults_stay() -> None:
         (["chat", "--n", "2"], "one answer a turn", "leave --n out"),
         (["backends", "--attention", "flash_attn", "--prove"], "library with variants", "flash_attn:4"),
         (["generate", "--prompt", "a", "--attention", "torch_spda"], "'torch_spda'", "did you mean torch_sdpa?"),
+        (["generate", "--prompt", "a", "--attention", "Triton"], "'Triton'", "did you mean triton?"),
+        (["verify", "auto"], "auto is no attention backend", "see `tessera backends`"),
         (["generate", "--prompt", "a", "--vision-attention", "naive"], "no vision tower", "leave --vision-attention"),
         (["bake"], "'bake'", "see `tessera --help`"),
         (["generate", "/nowhere/at/all", "--prompt", "a"], "/nowhere/at/all", ""),

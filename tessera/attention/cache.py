@@ -6,10 +6,11 @@ A file that is missing, damaged or of another key means measuring anew, never an
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +20,17 @@ import torch
 from tessera.attention.contract import Phase, Shape
 from tessera.attention.measure import Measured
 from tessera.attention.prove import versions_of
-from tessera.attention.registry import BACKENDS, load_checked
+from tessera.attention.registry import BACKENDS, Backend, class_of, plug_in_sources, plug_ins
 from tessera.attention.step import Bucket
 from tessera.log import logger
 
-_SOURCES = ("attention/measure.py", "attention/timing.py", "attention/backends/*.py", "kernels/*.py")
+_SOURCES = (
+    "attention/measure.py",
+    "attention/timing.py",
+    "attention/cuda.py",
+    "attention/backends/*.py",
+    "kernels/*.py",
+)
 """Code of ours that decides times, below the package."""
 
 
@@ -34,14 +41,19 @@ class _Stored:
 
 
 def cache_folder() -> Path:
-    """Where measurements are kept: $XDG_CACHE_HOME or ~/.cache, then tessera/attention."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tessera" / "attention"
+    """Where measurements are kept: $XDG_CACHE_HOME or ~/.cache, then tessera/attention. OSError: nowhere."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # a user without a home, as in some containers
+        raise OSError("there is no home folder, and XDG_CACHE_HOME is not set") from error
+    return folder / "tessera" / "attention"
 
 
 def make_key(phase: Phase, layers: Mapping[Shape, int], buckets: Sequence[Bucket]) -> dict[str, str]:
-    """Everything a measurement depends on; imports no attention library."""
+    """Everything a measurement depends on; imports plug-ins, but no attention library of ours."""
     device_type = next(iter(layers)).device_type
-    packages = [package for name in BACKENDS for package in _packages(name)]
+    backends = [backend for name in (*BACKENDS, *plug_ins()) if (backend := class_of(name))]
+    packages = [package for backend in backends for package in backend.packages]
     return {
         "code": _code_digest(),
         "phase": str(phase),
@@ -50,6 +62,7 @@ def make_key(phase: Phase, layers: Mapping[Shape, int], buckets: Sequence[Bucket
         "driver": _driver() if device_type == "cuda" else "",
         "cuda": str(torch.version.cuda),
         "versions": str(sorted(versions_of([*packages, "tessera-llm"]).items())),
+        "plug_ins": str([*plug_in_sources(), *(_file_digest(b) for b in backends if b.name not in BACKENDS)]),
         "layers": str([(repr(shape), count) for shape, count in layers.items()]),
         "buckets": str([tuple(bucket) for bucket in buckets]),
     }
@@ -57,13 +70,13 @@ def make_key(phase: Phase, layers: Mapping[Shape, int], buckets: Sequence[Bucket
 
 def read(key: Mapping[str, str]) -> Measured | None:
     """What was measured under this key; None where nothing was or where it cannot be read."""
-    path = _path(key)
+    path = None
     try:
+        path = _path(key)
         stored = msgspec.json.decode(path.read_bytes(), type=_Stored)
-    except FileNotFoundError:
-        return None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        logger.warning("the measurement in %s cannot be read and is made anew: %s", path, error)
+        if path is not None and os.path.exists(path):  # what is wrong with the folder `write` will say
+            logger.warning("the measurement in %s cannot be read and is made anew: %s", path, error)
         return None
     if stored.key != dict(key) or not stored.measured.buckets:
         logger.warning("the measurement in %s is of something else and is made anew", path)
@@ -71,14 +84,15 @@ def read(key: Mapping[str, str]) -> Measured | None:
     return stored.measured
 
 
-def write(key: Mapping[str, str], measured: Measured) -> None:
-    """Keep a measurement; where the folder cannot be written, say so and go on."""
-    path = _path(key)
+def write(measurements: Iterable[tuple[Mapping[str, str], Measured]]) -> None:
+    """Keep measurements, each under its key; where the folder cannot be written, say so once and go on."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, delete=False) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(_Stored(dict(key), measured)), indent=1))
-        os.replace(file.name, path)
+        for key, measured in measurements:
+            path = _path(key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, delete=False) as file:
+                file.write(msgspec.json.format(msgspec.json.encode(_Stored(dict(key), measured)), indent=1))
+            os.replace(file.name, path)
     except OSError as error:
         logger.warning("the measurement of attention is not kept, every start measures anew: %s", error)
 
@@ -88,11 +102,13 @@ def _path(key: Mapping[str, str]) -> Path:
     return cache_folder() / f"{digest[:32]}.json"
 
 
-def _packages(name: str) -> tuple[str, ...]:
+def _file_digest(backend: Backend) -> str:
+    """Of the file that holds a plug-in: while it is being written its version stays."""
     try:
-        return load_checked(name).packages
-    except (AssertionError, AttributeError):  # a module that is not there: it cannot be a candidate either
-        return ()
+        content = Path(inspect.getfile(backend)).read_bytes()
+    except (OSError, TypeError):
+        return "no file"
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _code_digest() -> str:

@@ -219,7 +219,7 @@ def part_of(case: Case, rows: Sequence[int]) -> Case:
         parts = torch.split(packed, case.batch.q_lens_cpu)
         return torch.cat([parts[row] for row in rows])
 
-    batch = make_batch(lens, case.batch.page_table[list(rows)], case.shape.device_type)
+    batch = make_batch(lens, case.batch.page_table[list(rows)], case.batch.num_pages, case.shape.device_type)
     k, v = (pick(case.k), pick(case.v)) if case.phase is Phase.VISION else (case.k, case.v)
     return replace(case, batch=batch, q=pick(case.q), k=k, v=v)
 

@@ -115,5 +115,11 @@ def _load(static: Case, case: Case) -> Case:
     batch.kv_lens.copy_(new.kv_lens)
     batch.page_table.zero_()
     batch.page_table[:, : new.page_table.shape[1]] = new.page_table
-    loaded = replace(new, cu_q_lens=batch.cu_q_lens, kv_lens=batch.kv_lens, page_table=batch.page_table)
+    loaded = replace(
+        new,
+        cu_q_lens=batch.cu_q_lens,
+        kv_lens=batch.kv_lens,
+        page_table=batch.page_table,
+        num_pages=batch.num_pages,
+    )
     return replace(case, batch=loaded, q=static.q[: len(case.q)], k=static.k, v=static.v)

@@ -1,12 +1,11 @@
 """Which backend serves which phase: a named one is used or refused with every reason, auto takes the fastest that can.
 
-Auto chooses by measurement, or where that is off by a fixed order. It takes none but tessera's own
-backends: those of other packages serve when they are named.
+Auto chooses by measurement, among tessera's own backends and those of other packages, or where that is
+off by a fixed order, which holds tessera's own alone.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,12 +14,14 @@ from typing import Any
 
 from tessera.attention import cache
 from tessera.attention.contract import AttentionBackend, Phase, Shape
+from tessera.attention.hints import PAGE_SIZES, Request, way_out
 from tessera.attention.measure import Measured, buckets_for, measure
+from tessera.attention.prove import prove_alone
 from tessera.attention.registry import BACKENDS as BACKENDS
 from tessera.attention.registry import Backend as Backend
 from tessera.attention.registry import backend_paths as backend_paths
 from tessera.attention.registry import backend_rows as backend_rows
-from tessera.attention.registry import check_name, install_line, load_checked, reasons_against
+from tessera.attention.registry import check_name, load_checked, plug_ins, reasons_against
 from tessera.attention.registry import load_backend as load_backend
 from tessera.attention.step import Attention, Bucket
 from tessera.config import AttentionConfig
@@ -34,7 +35,6 @@ AUTO = {
     Phase.VISION: ("flash_attn:4", "torch_sdpa", "triton", "naive"),
 }
 """What auto tries in each phase where it may not measure, best first; where it may, what it prefers of equals."""
-PAGE_SIZES = (16, 32, 64, 128, 256)
 _PAGED = (Phase.PREFILL, Phase.DECODE)
 
 
@@ -57,14 +57,18 @@ def build_attention(
         if name != "auto":
             check_name(name)
     unique = list(dict.fromkeys(layer_shapes))
-    page_size = choose_page_size(wanted, page_size, unique)
+    measures = config.attention_measure != "off"
+    general = config.prefill_attention is None and config.decode_attention is None
+    page_size = choose_page_size(wanted, page_size, unique, general=general, others=plug_ins() if measures else ())
     layers = Counter(replace(shape, page_size=page_size) for shape in layer_shapes)
-    choices = {
-        phase: _measured(phase, layers, config.attention_measure, max_len)
-        if name == "auto" and config.attention_measure != "off"
-        else choose(phase, name, list(layers))[1]
-        for phase, name in wanted.items()
-    }
+    choices, fresh = {}, []
+    for phase, name in wanted.items():
+        if name == "auto" and measures:
+            choices[phase], measured = _measured(phase, layers, config.attention_measure, max_len)
+            fresh += measured
+        else:
+            _, choices[phase] = choose(phase, name, list(layers))
+    cache.write(fresh)
     groups = [unique.index(shape) for shape in layer_shapes]
     return _bind(choices, list(layers), groups), page_size, list(choices.values())
 
@@ -77,36 +81,47 @@ def choose(phase: Phase, wanted: str, shapes: Sequence[Shape]) -> tuple[Backend,
     if wanted != "auto":
         check_name(wanted)
         if reasons := reasons_against(wanted, phase, shapes):
-            raise BackendError(f"{wanted} cannot serve {phase}: {'; '.join(reasons)}", _hint(wanted, phase, shapes))
+            hint = way_out(Request({phase: wanted}, shapes), [phase], AUTO)
+            raise BackendError(f"{wanted} cannot serve {phase}: {'; '.join(reasons)}", hint)
         return load_checked(wanted), AttentionChoice(str(phase), wanted, "named")
     usable, rejected = _candidates(phase, AUTO[phase], shapes)
     if not usable:
         lines = "\n".join(f"{name} cannot serve {phase}: {'; '.join(why)}" for name, why in rejected.items())
-        raise BackendError(f"no attention backend can serve {phase}\n{lines}", _hint("auto", phase, shapes))
+        hint = way_out(Request({phase: wanted}, shapes), [phase], AUTO)
+        raise BackendError(f"no attention backend can serve {phase}\n{lines}", hint)
     first, *others = usable
     rejected |= {name: [f"{first} stands before it"] for name in others}
     return load_checked(first), AttentionChoice(str(phase), first, "auto: the first that can serve", rejected)
 
 
-def choose_page_size(wanted: Mapping[Phase, str], page_size: int | None, shapes: Sequence[Shape]) -> int:
+def choose_page_size(
+    wanted: Mapping[Phase, str],
+    page_size: int | None,
+    shapes: Sequence[Shape],
+    *,
+    general: bool = False,
+    others: Sequence[str] = (),
+) -> int:
     """The smallest usual page size that the wanted backend of each phase takes, or the given one.
+
+    general  whether --attention named the backend of every phase
+    others   what auto may take besides those of its fixed order
 
     Raises BackendError where there is none: with the reasons of every phase that fails, and a way out.
     """
     for size in PAGE_SIZES if page_size is None else (page_size,):
         sized = [replace(shape, page_size=size) for shape in shapes]
-        if all(_can_serve(phase, name, sized) for phase, name in wanted.items()):
+        if all(_can_serve(phase, name, sized, others) for phase, name in wanted.items()):
             return size
     sized = [replace(shape, page_size=page_size) for shape in shapes]
-    chosen, errors = {}, []
+    chosen, errors = {}, {}
     for phase, name in wanted.items():
         try:
             chosen[phase], _ = choose(phase, name, sized)
         except BackendError as error:
-            errors.append(error)
+            errors[phase] = error.message
     if errors:
-        hints = dict.fromkeys(error.hint for error in errors if error.hint)
-        raise BackendError("\n".join(error.message for error in errors), "\n".join(hints) or None)
+        raise BackendError("\n".join(errors.values()), way_out(Request(wanted, sized, general), list(errors), AUTO))
     sizes = ", ".join(map(str, PAGE_SIZES))
     allowed = "; ".join(f"{chosen[p].name} takes {chosen[p].limits[p].page_sizes} for {p}" for p in _PAGED)
     raise BackendError(
@@ -125,9 +140,9 @@ def _refuse_vision(config: AttentionConfig) -> None:
         )
 
 
-def _can_serve(phase: Phase, wanted: str, shapes: Sequence[Shape]) -> bool:
+def _can_serve(phase: Phase, wanted: str, shapes: Sequence[Shape], others: Sequence[str]) -> bool:
     """Whether the wanted backend can; of auto's the slow ones, which import nothing, are asked first."""
-    names = reversed(AUTO[phase]) if wanted == "auto" else [wanted]
+    names = [*reversed(AUTO[phase]), *others] if wanted == "auto" else [wanted]
     return any(not reasons_against(name, phase, shapes) for name in names)
 
 
@@ -139,9 +154,7 @@ def _candidates(phase: Phase, names: Sequence[str], shapes: Sequence[Shape]) -> 
     device_type = shapes[0].device_type
     rejected = {name: reasons_against(name, phase, shapes) for name in names}
     for name in names:
-        if not rejected[name]:
-            costs = (load_checked(name).costly(phase, shape) for shape in shapes)
-            rejected[name] = list(dict.fromkeys(cost for cost in costs if cost))
+        rejected[name] = rejected[name] or _costs(name, phase, shapes)
     usable = [name for name in names if not rejected[name]]
     if device_type == "cpu":
         steady = [name for name in usable if device_type in load_checked(name).limits[phase].batch_invariant] or usable
@@ -150,38 +163,76 @@ def _candidates(phase: Phase, names: Sequence[str], shapes: Sequence[Shape]) -> 
         usable = steady
         for name in usable:
             library, _, variant = name.partition(":")
-            if variant and library in usable:
+            if name in BACKENDS and variant and library in usable:
                 rejected[name] = [f"{library} serves, which picks the kernel itself"]
     usable = [name for name in usable if not rejected[name]]
     return usable, {name: why for name, why in rejected.items() if why}
 
 
-def _measured(phase: Phase, layers: Mapping[Shape, int], mode: str, max_len: int | None) -> AttentionChoice:
-    """Auto's choice by measurement, from the cache where `mode` allows it and the winners can still serve."""
+def _costs(name: str, phase: Phase, shapes: Sequence[Shape]) -> list[str]:
+    """Why first use takes long, each reason once."""
+    try:
+        costs = [load_checked(name).costly(phase, shape) for shape in shapes]
+    except Exception as error:  # another package may raise anything; nobody named it
+        return [f"costly raises {type(error).__name__}: {error}"]
+    return list(dict.fromkeys(cost for cost in costs if cost))
+
+
+def _unproven(name: str, phase: Phase, shapes: Sequence[Shape], size: Bucket) -> list[str]:
+    """Why a plug-in's claim does not hold: a start with proof would stop at it, though nobody named it."""
+    try:
+        for shape in shapes:
+            prove_alone(load_checked(name)(phase, shape), size)
+    except Exception as error:
+        return [" ".join(str(getattr(error, "message", f"{type(error).__name__}: {error}")).split())[:300]]
+    return []
+
+
+_Fresh = list[tuple[dict[str, str], Measured]]
+"""What was measured now, under the key of its cache."""
+
+
+def _measured(
+    phase: Phase, layers: Mapping[Shape, int], mode: str, max_len: int | None
+) -> tuple[AttentionChoice, _Fresh]:
+    """Auto's choice by measurement, from the cache where `mode` allows it and what it rests on is still so."""
     started = time.perf_counter()
     shapes = list(layers)
     buckets = buckets_for(phase, shapes[0].device_type, max_len)
     key = cache.make_key(phase, layers, buckets)
     found = cache.read(key) if mode == "cached" else None
-    if found and _still_serves(phase, found, shapes):
-        return _as_choice(phase, found, "auto: measured before")
-    order = list(dict.fromkeys([*AUTO[phase], *BACKENDS]))
-    usable, rejected = _candidates(phase, order, shapes)
-    measured = measure(phase, [load_checked(name) for name in usable], layers, buckets)
-    if not measured.buckets:
-        lines = "\n".join(f"{name}: {'; '.join(why)}" for name, why in measured.rejected.items())
-        raise BackendError(f"no attention backend passes for {phase}\n{lines}", f"name one with --{phase}-attention")
-    measured = Measured(measured.buckets, rejected | measured.rejected)
-    cache.write(key, measured)
+    if found and _still_holds(phase, found, shapes):
+        return _as_choice(phase, found, "auto: measured before"), []
+    measured = _time(phase, layers, buckets)
     choice = _as_choice(phase, measured, "auto: measured")
     lines = "\n".join(table_lines(choice))
-    logger.info("%s attention was measured in %.1f s\n%s", phase, time.perf_counter() - started, lines)
-    return choice
+    logger.debug("%s attention was measured in %.1f s\n%s", phase, time.perf_counter() - started, lines)
+    return choice, [(key, measured)]
 
 
-def _still_serves(phase: Phase, found: Measured, shapes: Sequence[Shape]) -> bool:
-    names = {bucket.backend for bucket in found.buckets}
-    return all(name in BACKENDS and not reasons_against(name, phase, shapes) for name in names)
+def _time(phase: Phase, layers: Mapping[Shape, int], buckets: Sequence[Bucket]) -> Measured:
+    """Time every backend that auto may take; BackendError where none answers right."""
+    shapes = list(layers)
+    usable, rejected = _candidates(phase, list(dict.fromkeys([*AUTO[phase], *BACKENDS, *plug_ins()])), shapes)
+    waiting = [name for name in rejected if not reasons_against(name, phase, shapes) and _costs(name, phase, shapes)]
+    smallest = min(buckets, key=lambda bucket: bucket.num_seqs * bucket.kv_len)
+    for name in [name for name in usable if name not in BACKENDS]:
+        if problems := _unproven(name, phase, shapes, smallest):
+            usable.remove(name)
+            rejected[name] = problems
+    logger.info("measuring %s attention: %s", phase, ", ".join(usable))
+    measured = measure(phase, [load_checked(name) for name in usable], layers, buckets)
+    if not measured.buckets:
+        lines = "\n".join(f"{name}: {'; '.join(why)}" for name, why in (measured.rejected | rejected).items())
+        raise BackendError(f"no attention backend passes for {phase}\n{lines}", f"name one with --{phase}-attention")
+    return Measured(measured.buckets, rejected | measured.rejected, waiting)
+
+
+def _still_holds(phase: Phase, found: Measured, shapes: Sequence[Shape]) -> bool:
+    """Whether the winners can serve, and whoever had to be compiled first still has to be."""
+    names, known = {bucket.backend for bucket in found.buckets}, backend_paths()
+    serve = all(name in known and not reasons_against(name, phase, shapes) for name in names)
+    return serve and all(name in known and _costs(name, phase, shapes) for name in found.waiting)
 
 
 def _as_choice(phase: Phase, measured: Measured, reason: str) -> AttentionChoice:
@@ -221,19 +272,3 @@ def _bound(name: str, phase: Phase, shape: Shape) -> AttentionBackend[Any]:
             f"{name} cannot be set up for {phase}: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
             f"use another --{phase}-attention",
         ) from error
-
-
-def _hint(wanted: str, phase: Phase, shapes: Sequence[Shape]) -> str | None:
-    """What mends a refusal: a page size that the wanted backend takes, what installs it, one that can serve."""
-    mends = []
-    for page_size in PAGE_SIZES:
-        resized = [replace(shape, page_size=page_size) for shape in shapes]
-        if wanted != "auto" and not reasons_against(wanted, phase, resized):
-            mends.append(f"--page-size {page_size}")
-            break
-    others = (name for name in AUTO[phase] if name != wanted and not reasons_against(name, phase, shapes))
-    mends += [f"--{phase}-attention {name}" for name in itertools.islice(others, 1)]
-    hint = f"use {' or '.join(mends)}" if mends else None
-    if wanted != "auto" and all("is not installed" in why for why in reasons_against(wanted, phase, shapes)):
-        return ", or ".join(line for line in (install_line(wanted), hint) if line) or None
-    return hint

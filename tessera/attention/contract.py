@@ -160,16 +160,22 @@ class Batch:
 
     q_lens_cpu: list[int]
     kv_lens_cpu: list[int]
-    """Tokens of each sequence in the cache, this step's included; 0 in a padding row."""
+    """Tokens of each sequence in the cache, this step's included; 0 in a padding row.
+
+    A padding row has one new token in DECODE; in the other phases, where only replays of a graph have any, none.
+    """
     cu_q_lens: Tensor
     """[seqs + 1] int32: prefix sums of q_lens, from 0."""
     kv_lens: Tensor
     """[seqs] int32"""
     page_table: Tensor
-    """[seqs, max_pages] int32; entries past a sequence's pages are 0 and must not be relied on. [seqs, 0] in VISION."""
+    """[seqs, max_pages] int32, at least one column; entries past a sequence's pages are 0 and must not be relied on.
+    [seqs, 0] in VISION."""
     max_q_len: int
     max_kv_len: int
     """The longest of `kv_lens`; while a graph is captured, the longest it will ever be replayed with."""
+    num_pages: int
+    """Pages of the pools that `run` will be given, held by a sequence or not; 0 in VISION."""
 
 
 class AttentionBackend(ABC, Generic[Plan]):

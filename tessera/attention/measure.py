@@ -54,6 +54,8 @@ class Measured:
     buckets: list[AttentionBucket]
     rejected: dict[str, list[str]] = field(default_factory=dict)
     """Of every backend that serves no bucket, why."""
+    waiting: list[str] = field(default_factory=list)
+    """Those that were left out because they must be compiled first: once that is done they are to be timed."""
 
 
 def buckets_for(phase: Phase, device_type: str, max_len: int | None) -> list[Bucket]:

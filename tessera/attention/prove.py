@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -29,7 +30,7 @@ SIGNATURES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(?i)flash_?attn[_.]?cute|kernel_cutlass.*flash|FlashAttention(Forward|Combine|Decode)", ("flash_attn:4",)),
     (r"flash_fwd_(splitkv_)?(combine_)?kernel", ("flash_attn:2",)),
     (r"triton_.*flex|^graph_\d+_kernel$", ("flex",)),
-    (r"^_?(packed|paged_decode|paged_prefill)_kernel|^triton_interpreted::", ("triton",)),
+    (r"^_?(packed|paged_decode|paged_prefill|hopper_prefill)_kernel|^triton_interpreted::", ("triton",)),
     (r"aten::_scaled_dot_product_flash_attention_for_cpu", ("torch_sdpa:flash",)),
     (r"aten::_scaled_dot_product_attention_math", ("torch_sdpa:math",)),
 )
@@ -40,21 +41,22 @@ them."""
 _LIBRARIES = {family.partition(":")[0] for _, families in SIGNATURES for family in families} | {"naive"}
 
 
-def profile_kernels(call: Callable[[], object], device_type: str) -> list[KernelUse]:
+def profile_kernels(call: Callable[[], object], device_type: str, claimed: Sequence[str] = ()) -> list[KernelUse]:
     """The CUDA kernels, on a CPU the operators and marked ranges, that `call` launches, most time first.
 
-    `call` may be anything, the replay of a captured graph too; warm it up before, lest its compilation be seen.
+    An operator's time is its own, without the operators that it calls; one that a pattern of `claimed` is found in
+    has theirs as well, and they have none, so that all times add up to the time of the call. `call` may be anything,
+    the replay of a captured graph too; warm it up before, lest its compilation be seen.
     Raises BackendError where the profiler sees nothing.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it writes a line to stderr at every start and stop
     on_cuda = device_type == "cuda"
     events = _cuda_events(call) if on_cuda else _cpu_events(call)
-    calls: dict[str, int] = {}
-    times: dict[str, float] = {}
+    calls = Counter(event.name for event in events)
+    times: defaultdict[str, float] = defaultdict(float)
     for event in events:
-        calls[event.name] = calls.get(event.name, 0) + 1
         spent = event.time_range.elapsed_us() if on_cuda else event.self_cpu_time_total
-        times[event.name] = times.get(event.name, 0.0) + spent
+        times[event.name if on_cuda else _billed(event, claimed)] += spent
     if not calls:
         raise BackendError(
             "the profiler saw nothing run, so that nothing can be proven: another profiler may be attached, or reading "
@@ -65,12 +67,23 @@ def profile_kernels(call: Callable[[], object], device_type: str) -> list[Kernel
     return sorted(uses, key=lambda use: -use.microseconds)
 
 
+def _billed(event: Any, claimed: Sequence[str]) -> str:
+    """Whose time an operator's is: that of the nearest claimed one that it is part of, itself included."""
+    caller = event
+    while caller is not None:
+        if any(re.search(pattern, caller.name) for pattern in claimed):
+            return str(caller.name)
+        caller = caller.cpu_parent
+    return str(event.name)
+
+
 def _cuda_events(call: Callable[[], object]) -> list[Any]:
     """What ran on the device, copies included."""
     from torch.profiler import DeviceType, ProfilerActivity, profile
 
     torch.cuda.synchronize()  # what was launched before is none of this
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    # Without `acc_events` torch warns that a second cycle would forget the events of the first; there is one.
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         call()
         torch.cuda.synchronize()
     return [
@@ -99,8 +112,8 @@ def prove_alone(backend: AttentionBackend[Any], size: Bucket) -> list[KernelUse]
     inputs = make_inputs(backend.phase, shape, size, max_copies=1)
     plan = backend.plan(inputs.batch)
     backend.run(plan, *inputs.copies[0])
-    uses = profile_kernels(lambda: backend.run(plan, *inputs.copies[0]), shape.device_type)
     claim = backend.claim(backend.phase, shape)
+    uses = profile_kernels(lambda: backend.run(plan, *inputs.copies[0]), shape.device_type, claim.must)
     problems = claim_problems(claim, uses) + family_problems(backend.name, uses)
     if backend.name.partition(":")[0] in _LIBRARIES and backend.name not in _PLAIN and not _own(backend.name, uses):
         problems.append(f"no kernel known to be of {backend.name} ran")
@@ -145,10 +158,10 @@ def prove_in_model(
     for backend in bound:
         prove_alone(backend, size)
     call()
-    uses = profile_kernels(call, bound[0].shape.device_type)
+    claims = [backend.claim(phase, backend.shape) for backend in bound]
+    uses = profile_kernels(call, bound[0].shape.device_type, [pattern for claim in claims for pattern in claim.must])
     claimed: dict[str, KernelUse] = {}
-    for group, backend in enumerate(bound):
-        claim = backend.claim(phase, backend.shape)
+    for group, (backend, claim) in enumerate(zip(bound, claims)):
         own = _claimed(claim, uses)
         claimed |= {use.name: use for use in own}
         musts = Claim(claim.must)

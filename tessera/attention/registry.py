@@ -6,7 +6,6 @@ that takes a name which is taken, is a reason in a row and an error for whoever 
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from tessera.attention.contract import AttentionBackend, Phase, Shape
+from tessera.attention.names import meant_by
 from tessera.errors import BackendError, ConfigError
 
 Backend = type[AttentionBackend[Any]]
@@ -68,11 +68,26 @@ def backend_paths() -> dict[str, str]:
     return {name: paths[0] for name, paths in _all_paths().items()}
 
 
-def check_name(name: str) -> None:
-    """Raise ConfigError for a name that nothing or more than one thing has, or that is a library with variants."""
+def plug_ins() -> list[str]:
+    """The names that other packages bring, those of ours that they bring again left out."""
+    return [name for name in _all_paths() if name not in BACKENDS]
+
+
+def plug_in_sources() -> list[str]:
+    """What each plug-in comes from: its name, its class, and the distribution that registers it with its version."""
+    points = [point for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in BACKENDS]
+    packages = [f"{point.dist.name} {point.dist.version}" if point.dist else "no package" for point in points]
+    return sorted(f"{point.name} = {point.value} of {package}" for point, package in zip(points, packages))
+
+
+def check_name(name: str, *, auto: bool = True) -> None:
+    """Raise ConfigError for a name that nothing or more than one thing has, or that is a library with variants.
+
+    auto  whether that word could have been given here, so that a hint may offer it
+    """
     paths = _all_paths()
     if name not in paths:
-        raise _unknown(name, list(paths))
+        raise _unknown(name, ["auto", *paths] if auto else list(paths))
     if len(paths[name]) > 1:
         raise ConfigError(_clash(name, paths[name]), f"uninstall the package that brings {paths[name][-1]}")
 
@@ -80,10 +95,10 @@ def check_name(name: str) -> None:
 def load_backend(name: str) -> Backend:
     """The class that a user's name stands for.
 
-    ConfigError as for `check_name`; BackendError where the module that holds it does not import or holds no
-    backend of this name. Whether it can serve anything is another question: `reasons_against`.
+    ConfigError as for `check_name`, and for `auto`; BackendError where the module that holds it does not import or
+    holds no backend of this name. Whether it can serve anything is another question: `reasons_against`.
     """
-    check_name(name)
+    check_name(name, auto=False)
     backend, problem = _import(name, backend_paths()[name])
     if backend is None:
         hint = None if name in BACKENDS else "mend or uninstall the package that registers it"
@@ -98,16 +113,15 @@ def load_checked(name: str) -> Backend:
     return backend
 
 
-def install_line(name: str) -> str | None:
-    """What installs the library of a backend, where its class tells."""
-    backend, _ = _import(name, BACKENDS.get(name) or backend_paths()[name])
-    return backend.install if backend else None
+def class_of(name: str) -> Backend | None:
+    """The class of a name that there is; None where it does not import or is no backend."""
+    return _import(name, BACKENDS.get(name) or backend_paths()[name])[0]
 
 
 def reasons_against(name: str, phase: Phase, shapes: Sequence[Shape]) -> list[str]:
     """Every reason why the backend of this name cannot serve a phase of all these shapes; never raises.
 
-    Searching the installed packages takes longer than choosing, so names of ours are not searched for.
+    A name of ours stands for our class here, whoever else uses it, so that auto takes no other.
     """
     paths = [BACKENDS[name]] if name in BACKENDS else _all_paths()[name]
     return _reasons(name, paths, phase, shapes)
@@ -156,7 +170,7 @@ def _import(name: str, path: str) -> tuple[Backend | None, str]:
     module, _, attribute = path.partition(":")
     try:
         backend = getattr(import_module(module), attribute)
-    except Exception as error:  # another package's module may raise anything; it is reported, not hidden
+    except (Exception, SystemExit) as error:  # another package's module may raise anything; it is reported, not hidden
         return None, f"import {path} fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if not (isinstance(backend, type) and issubclass(backend, AttentionBackend)):
         return None, f"{path} is not an AttentionBackend"
@@ -173,6 +187,8 @@ def _reasons(name: str, paths: Sequence[str], phase: Phase, shapes: Sequence[Sha
         return [problem]
     try:
         reasons = [why for shape in shapes for why in backend.reasons_against(phase, shape_in(phase, shape))]
+        if phase not in backend.limits:
+            reasons = reasons or [f"no {phase} kernel"]
     except Exception as error:
         return [f"reasons_against raises {type(error).__name__}: {error}"]
     return list(dict.fromkeys(reasons))
@@ -191,8 +207,11 @@ def _clash(name: str, paths: Sequence[str]) -> str:
 def _unknown(name: str, known: list[str]) -> ConfigError:
     if variants := [other for other in known if other.startswith(f"{name}:")]:
         return ConfigError(f"{name} is a library with variants: {', '.join(variants)}", f"name one, as {variants[0]}")
-    near = difflib.get_close_matches(name, ["auto", *known], n=1)
-    return ConfigError(
-        f"unknown attention backend {name!r}, there are: auto, {', '.join(known)}",
-        f"did you mean {near[0]}?" if near else "see `tessera backends`",
-    )
+    listed = ", ".join(known)
+    if name == "auto":
+        said = f"auto is no attention backend but the choice between them, there are: {listed}"
+        return ConfigError(said, "name one, see `tessera backends`")
+    *others, last = meant_by(name, known) or [""]
+    meant = f"{', '.join(others)} or {last}" if others else last
+    hint = f"did you mean {meant}?" if meant else "see `tessera backends`"
+    return ConfigError(f"unknown attention backend {name!r}, there are: {listed}", hint)

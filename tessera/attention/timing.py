@@ -6,12 +6,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tessera.attention.contract import AttentionBackend, Batch, Phase, Shape
+from tessera.attention.cuda import capture, make_event
 from tessera.attention.step import Bucket
 from tessera.attention.workloads import make_batch
 
@@ -53,7 +55,7 @@ def make_inputs(phase: Phase, shape: Shape, bucket: Bucket, *, max_copies: int |
     tokens = bucket.num_seqs * bucket.q_len
     size: tuple[int, ...]
     if phase is Phase.VISION:
-        table = torch.zeros(bucket.num_seqs, 0, dtype=torch.int32)
+        num_pages, table = 0, torch.zeros(bucket.num_seqs, 0, dtype=torch.int32)
         size = (tokens, shape.num_kv_heads, shape.head_dim)
     else:
         assert shape.page_size is not None
@@ -69,7 +71,7 @@ def make_inputs(phase: Phase, shape: Shape, bucket: Bucket, *, max_copies: int |
         (_random(q_size, shape), _random(size, shape), _random(size, shape), sinks)
         for _ in range(max_copies or _num_copies(size, shape))
     ]
-    return Inputs(shape, make_batch(lens, table, device), copies)
+    return Inputs(shape, make_batch(lens, table, num_pages, device), copies)
 
 
 def time_call(backend: AttentionBackend[Any], inputs: Inputs, *, repeats: int | None = None) -> CallTime:
@@ -115,26 +117,21 @@ def _runs(backend: AttentionBackend[Any], plan: Any, inputs: Inputs) -> Callable
 
 
 def _capture(run: Callable[[int], Tensor], num_runs: int) -> torch.cuda.CUDAGraph:
-    """One run of each copy as a CUDA graph, after two warm-up calls on a stream of their own."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for number in range(2):
-            run(number)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for number in range(num_runs):
-            run(number)
+    """One run of each copy as a CUDA graph, replayed once, after two warm-up calls."""
+    graph, _ = capture(partial(_in_turn, run, num_runs), partial(_in_turn, run, 2))
     graph.replay()
     torch.cuda.synchronize()
     return graph
 
 
+def _in_turn(run: Callable[[int], object], times: int) -> None:
+    for number in range(times):
+        run(number)
+
+
 def _event_ms(call: Callable[[], object], flush: Tensor) -> float:
     """Milliseconds on the device, behind a write that empties its cache and that hides the launch."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start, end = make_event(timing=True), make_event(timing=True)
     flush.zero_()
     start.record()
     call()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -56,6 +56,8 @@ class Report:
     backend: str
     device: str
     checks: list[Check] = field(default_factory=list)
+    unavailable: list[str] = field(default_factory=list)
+    """Every reason why it cannot be used here in any phase that was asked for; nothing was checked then."""
 
     @property
     def failed(self) -> list[Check]:
@@ -82,24 +84,43 @@ def verify(
     dtypes    left out: those of float32, bfloat16 and float16 that it claims; likewise
     on_check  called after each check, for progress
 
-    A backend that cannot be used here fails with every reason, and nothing is run. Whatever it raises is a
-    failed check; nothing is raised.
+    A backend that cannot be used here in any of these phases is `unavailable`, and nothing is run. One that can
+    in some of them is verified there. Whatever it raises is a failed check; nothing is raised.
     """
     report = Report(backend.name, device_type)
+    report.unavailable = unavailable(backend, list(phases or Phase), device_type)
+    if report.unavailable:
+        return report
 
     def add(check: Check) -> None:
         report.checks.append(check)
         on_check(check)
 
-    here = [phase for phase, limits in backend.limits.items() if device_type in limits.devices]
     for phase in Phase:
-        if phases is not None and phase not in phases:
-            continue
-        # What a backend does on another device only is no failure here, as long as it does something.
-        asked_for = phases is not None or (phase in backend.limits and (phase in here or not here))
-        for check in _phase_checks(backend, phase, dtypes, device_type, asked_for):
-            add(check)
+        if phases is None or phase in phases:
+            # What a backend cannot do here is no failure unless it was asked for, as long as it does something.
+            for check in _phase_checks(backend, phase, dtypes, device_type, asked_for=phases is not None):
+                add(check)
     return report
+
+
+def unavailable(backend: type[AttentionBackend[Any]], phases: Sequence[Phase], device_type: str) -> list[str]:
+    """Why nothing of what `backend` claims in `phases` can be used here, each reason once; empty if something can.
+
+    Empty too where the backend is at fault: no limits, limits without a usual size, reasons that raise.
+    """
+    found: dict[str, None] = {}
+    for phase in (phase for phase in phases if phase in backend.limits):
+        for dtype in (dtype for dtype in TOLERANCE if dtype in backend.limits[phase].dtypes):
+            shape = base_shape(backend, phase, dtype, device_type)
+            try:
+                reasons = backend.reasons_against(phase, shape)
+            except Exception:  # a backend may raise anything: that is a claim not kept
+                return []
+            if not reasons or backend.limits[phase].problems(_where_it_belongs(backend.limits[phase], shape)):
+                return []
+            found |= dict.fromkeys(reasons)
+    return list(found)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -127,13 +148,22 @@ def base_shape(backend: type[AttentionBackend[Any]], phase: Phase, dtype: torch.
     )
 
 
+def _where_it_belongs(limits: Limits, shape: Shape) -> Shape:
+    """The shape on a device that the limits name, so that only its sizes can be against it."""
+    device_type = next((device for device in ("cuda", "cpu") if device in limits.devices), shape.device_type)
+    causal = shape.causal or shape.page_size is None  # seeing both ways is what VISION is
+    return replace(shape, device_type=device_type, capability=limits.min_capability, shared_memory=0, causal=causal)
+
+
 def _phase_checks(
     backend: type[AttentionBackend[Any]],
     phase: Phase,
     dtypes: Sequence[torch.dtype] | None,
     device_type: str,
+    *,
     asked_for: bool,
 ) -> Iterator[Check]:
+    """Of a phase or type that cannot be used a failure if it was asked for, else that it is not claimed."""
     if phase not in backend.limits:
         outcome: Outcome = "fail" if asked_for else "not claimed"
         yield Check(phase, "-", "honesty", "usable", outcome, f"{backend.name} has no limits for {phase}")
@@ -145,9 +175,14 @@ def _phase_checks(
             yield Check(phase, dtype_name(dtype), "honesty", "usable", "not claimed", detail)
             continue
         subject = Subject(backend, phase, base_shape(backend, phase, dtype, device_type))
-        if reasons := backend.reasons_against(phase, subject.base):
+        of_type = dtypes is not None and not unavailable(backend, [phase], device_type)
+        outcome = "fail" if asked_for or of_type else "not claimed"
+        try:
+            reasons = backend.reasons_against(phase, subject.base)
+        except Exception as error:  # as above
+            outcome, reasons = "fail", [f"reasons_against raises {type(error).__name__}: {error}"]
+        if reasons:
             detail = f"{backend.name} cannot serve {phase} here: {'; '.join(reasons)}"
-            outcome = "fail" if asked_for else "not claimed"
             yield Check(phase, dtype_name(dtype), "honesty", "usable", outcome, detail)
             continue
         tests = _tests(limits, phase) if first else (test for test in _tests(limits, phase) if test[0] != "honesty")

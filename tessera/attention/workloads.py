@@ -141,16 +141,17 @@ def make_case(phase: Phase, workload: Workload, shape: Shape, *, seed: int = 0, 
     q = torch.randn(tokens, shape.num_q_heads, shape.head_dim, generator=generator) * workload.query_scale
     sinks = torch.randn(shape.num_q_heads, generator=generator).to(device) if shape.sinks else None
     if phase is Phase.VISION:
-        packed = (tokens, shape.num_kv_heads, shape.head_dim)
+        num_pages, packed = 0, (tokens, shape.num_kv_heads, shape.head_dim)
         k, v = (torch.randn(packed, generator=generator).to(device, dtype) for _ in range(2))
         table = torch.zeros(len(workload.lens), 0, dtype=torch.int32)
     else:
         table, k, v = _make_pools(workload, shape, generator, ordered_pages)
-    return Case(phase, shape, make_batch(workload.lens, table, device), q.to(device, dtype), k, v, sinks)
+        num_pages = len(k)
+    return Case(phase, shape, make_batch(workload.lens, table, num_pages, device), q.to(device, dtype), k, v, sinks)
 
 
-def make_batch(lens: tuple[tuple[int, int], ...], table: Tensor, device: str = "cpu") -> Batch:
-    """A batch of sequences of these (q_len, kv_len) that hold the pages of `table` [seqs, pages]."""
+def make_batch(lens: tuple[tuple[int, int], ...], table: Tensor, num_pages: int, device: str = "cpu") -> Batch:
+    """A batch of sequences of these (q_len, kv_len) that hold the pages of `table` [seqs, pages], of `num_pages`."""
     q_lens, kv_lens = [q_len for q_len, _ in lens], [kv_len for _, kv_len in lens]
     return Batch(
         q_lens_cpu=q_lens,
@@ -160,6 +161,7 @@ def make_batch(lens: tuple[tuple[int, int], ...], table: Tensor, device: str = "
         page_table=table.to(device),
         max_q_len=max(q_lens),
         max_kv_len=max(kv_lens),
+        num_pages=num_pages,
     )
 
 
@@ -190,7 +192,7 @@ def _make_page_table(
     num_pages = sum(counts) + shared + 3
     free = list(range(num_pages)) if ordered else torch.randperm(num_pages, generator=generator).tolist()
     common, free = free[:shared], free[shared:]
-    table = torch.zeros(len(counts), max(counts), dtype=torch.int32)
+    table = torch.zeros(len(counts), max([1, *counts]), dtype=torch.int32)
     for row, count in zip(table, counts):
         own, free = free[: count - shared], free[max(0, count - shared) :]
         row[:count] = torch.tensor([*common[:count], *own], dtype=torch.int32)

@@ -79,6 +79,7 @@ def _is_asked(row: BackendRow, attention: AttentionConfig) -> bool:
 
 def _prove(config: EngineConfig, as_json: bool) -> int:
     """Start the engine with its proofs, which stops where one fails, and print them."""
+    from tessera.attention.choose import table_lines
     from tessera.engine.build import build_engine
 
     config = replace(config, attention=replace(config.attention, prove_attention=True))
@@ -99,6 +100,9 @@ def _prove(config: EngineConfig, as_json: bool) -> int:
     sys.stdout.write(f"{info.model} on {info.device}, {info.dtype}; ")
     sys.stdout.write(", ".join(f"{name} {version}" for name, version in versions.items()) + "\n\n")
     sys.stdout.write(render(rows, indent="") + "\n")
+    for choice in info.attention:
+        lines = [f"{choice.phase} attention: {', '.join(choice.backends)} ({choice.reason})", *table_lines(choice)]
+        sys.stdout.write("\n" + "\n".join(lines) + "\n")
     return 0
 
 

@@ -12,6 +12,7 @@ from types import FrameType
 from tessera.commands.table import proof_line
 from tessera.config import EngineConfig
 from tessera.engine.build import build_engine
+from tessera.log import logger
 from tessera.model.source import find_model
 from tessera.text.request_text import RequestText, TextDelta
 from tessera.text.tokenizer import load_tokenizer
@@ -26,8 +27,9 @@ class LocalModel:
         self.tokenizer = load_tokenizer(source, config.model)
         self.engine = build_engine(config, progress=sys.stderr.isatty())
         for choice in self.engine.info.attention:
+            logger.info("%s attention: %s (%s)", choice.phase, ", ".join(choice.backends), choice.reason)
             for proof in choice.proofs:
-                sys.stderr.write(f"{choice.phase} attention {proof_line(proof)}\n")
+                logger.info("%s attention %s", choice.phase, proof_line(proof))
         self._ids = itertools.count()
 
     def text_of(self, prompt: str, params: SamplingParams, *, add_special_tokens: bool) -> RequestText:

@@ -1,8 +1,8 @@
 """Check that an attention backend keeps what it claims, and say which claim fails.
 
 Runs the conformance kit on one backend: every workload, head size, group and page size it claims against an oracle,
-then a tiny random model through the engine. Exit code 0: every claim holds. 1: one does not, or the backend cannot
-be used here. 2: wrong usage.
+then a tiny random model through the engine. Exit code 0: every claim holds. 1: one does not. 2: wrong usage.
+3: the backend cannot be used here, so that nothing was checked. One that can serve some phases is checked in those.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import msgspec
 
 from tessera.commands.flags import Parser
 from tessera.commands.table import render
+from tessera.errors import BackendError
 
 if TYPE_CHECKING:
     from tessera.attention.contract import AttentionBackend
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 PHASES = ("prefill", "decode", "vision")
 DTYPES = ("float32", "bfloat16", "float16")
 SLOW_SECONDS = 2.0
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("cpu", "cuda")
+UNAVAILABLE = 3
+"""The exit code where nothing could be checked."""
 
 
 def add_flags(parser: Parser) -> None:
@@ -38,9 +42,7 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument(
         "--dtype", action="append", choices=DTYPES, help="Only this type; may be repeated. Left out: all it claims."
     )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one."
-    )
+    parser.add_argument("--device", choices=("auto", *DEVICES), default="auto", help="auto: the GPU if there is one.")
     parser.add_argument("--json", action="store_true", help="One JSON object a check, and a last one with the summary.")
 
 
@@ -54,20 +56,62 @@ def run(args: argparse.Namespace) -> int:
     from tessera.engine.verify import engine_checks
     from tessera.runner.device import choose_device
 
-    backend = load_backend(args.name)
     device = choose_device(args.device).type
+    try:
+        backend = load_backend(args.name)
+    except BackendError as error:  # its module does not import
+        return _refuse(Unavailable(args.name, device, [error.message], error.hint, {}), as_json=args.json)
     phases = [phase for phase in Phase if phase in args.phase] if args.phase else None
     dtypes = [getattr(torch, name) for name in DTYPES if name in args.dtype] if args.dtype else None
     on_check = _reporter(as_json=args.json)
     report = verify(backend, phases=phases, dtypes=dtypes, device_type=device, on_check=on_check)
+    if report.unavailable:
+        hint = _hint(backend, report)
+        refusal = Unavailable(report.backend, device, report.unavailable, hint, versions(backend))
+        return _refuse(refusal, as_json=args.json)
     for check in engine_checks(args.name, backend, phases, dtypes, device):
         report.checks.append(check)
         on_check(check)
     if args.json:
-        _print_json({"summary": _summary(report, backend)})
+        _print_json({"summary": _summary(report, backend) | {"unavailable": False, "reasons": []}})
     else:
         sys.stdout.write(table(report, versions(backend)))
     return 0 if report.passed else 1
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """A backend that cannot be used here."""
+
+    name: str
+    device: str
+    reasons: list[str]
+    hint: str | None
+    versions: dict[str, str]
+
+
+def _refuse(refusal: Unavailable, *, as_json: bool) -> int:
+    """Say why nothing was checked; the exit code."""
+    verdict = f"{refusal.name} cannot be used here on {refusal.device}, nothing was checked"
+    if as_json:
+        counts = {"ok": False, "passed": 0, "failed": 0, "not_claimed": 0}
+        named = {"backend": refusal.name, "device": refusal.device, "versions": refusal.versions}
+        why = {"verdict": verdict, "unavailable": True, "reasons": refusal.reasons, "hint": refusal.hint}
+        _print_json({"summary": named | counts | why})
+    else:
+        hint = f"\nhint: {refusal.hint}\n" if refusal.hint else ""
+        sys.stdout.write("\n".join([f"{verdict}:", *(f"  {reason}" for reason in refusal.reasons)]) + "\n" + hint)
+    return UNAVAILABLE
+
+
+def _hint(backend: type[AttentionBackend[Any]], report: Report) -> str | None:
+    """What installs it, and where: either alone may not be enough."""
+    install = backend.install if any("is not installed" in reason for reason in report.unavailable) else None
+    devices = [device for device in DEVICES if any(device in limits.devices for limits in backend.limits.values())]
+    if report.device in devices or not devices:
+        return install
+    where = f"on a machine with {' or '.join(devices)}"
+    return f"{install}, {where}" if install else f"verify it {where}"
 
 
 def versions(backend: type[AttentionBackend[Any]]) -> dict[str, str]:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from tessera.attention.contract import AttentionBackend, Phase, Shape
-from tessera.attention.verify import Check, base_shape, dtype_name
+from tessera.attention.verify import Check, Outcome, base_shape, dtype_name
 from tessera.attention.workloads import TOLERANCE
 from tessera.config import EngineConfig
 from tessera.engine.build import build_engine
@@ -61,7 +61,10 @@ def engine_checks(
 
 
 def _is_usable(backend: type[AttentionBackend[Any]], phase: Phase, dtype: torch.dtype, device_type: str) -> bool:
-    return not backend.reasons_against(phase, base_shape(backend, phase, dtype, device_type))
+    try:
+        return not backend.reasons_against(phase, base_shape(backend, phase, dtype, device_type))
+    except Exception:  # a failed check already
+        return False
 
 
 def _check(
@@ -72,28 +75,34 @@ def _check(
     device_type: str,
     window: int | None,
 ) -> Check:
-    shape, started = base_shape(backend, phases[0], dtype, device_type), time.perf_counter()
-    label = "greedy_tokens" if window is None else "greedy_tokens_with_window"
-    joined = "+".join(phases)
+    started = time.perf_counter()
+    claimed = f"{name} claims to serve {'+'.join(phases)} of {dtype_name(dtype)} in an engine"
     try:
-        with tempfile.TemporaryDirectory(prefix="tessera-verify-") as folder:
-            write_model(Path(folder), shape, window)
-            page_size, tokens = _generate(folder, shape, dict.fromkeys(phases, name), None)
-            _, expected = _generate(folder, shape, {}, page_size)
+        agreement = _agreement(name, phases, base_shape(backend, phases[0], dtype, device_type), window)
+        detail = "" if agreement >= AGREEMENT[dtype] else f"{claimed}, but {_differs(agreement, dtype, window)}"
     except Exception as error:  # a backend may raise anything: that is a claim not kept
         raised = " ".join(str(error).split())[:300]
-        detail = f"{name} claims to serve {joined} in an engine, but {type(error).__name__} was raised: {raised}"
-        return Check(joined, dtype_name(dtype), "engine", label, "fail", detail, time.perf_counter() - started)
-    agreement = sum(_num_equal(a, b) for a, b in zip(tokens, expected)) / sum(map(len, expected))
-    detail = ""
-    if agreement < AGREEMENT[dtype]:
-        detail = (
-            f"{name} claims to serve {joined} of {dtype_name(dtype)} in an engine, but {agreement:.0%} of the greedy "
-            f"tokens of a tiny model{f' with a window of {window}' if window else ''} come before the first that "
-            f"differs from {REFERENCE}'s, {AGREEMENT[dtype]:.0%} at least must"
-        )
-    outcome = "fail" if detail else "pass"
-    return Check(joined, dtype_name(dtype), "engine", label, outcome, detail, time.perf_counter() - started)  # type: ignore[arg-type]
+        detail = f"{claimed}, but {type(error).__name__} was raised: {raised}"
+    outcome: Outcome = "fail" if detail else "pass"
+    label = "greedy_tokens" if window is None else "greedy_tokens_with_window"
+    seconds = time.perf_counter() - started
+    return Check("+".join(phases), dtype_name(dtype), "engine", label, outcome, detail, seconds)
+
+
+def _agreement(name: str, phases: Sequence[Phase], shape: Shape, window: int | None) -> float:
+    """The share of greedy tokens that come before the first that differs from the reference's."""
+    with tempfile.TemporaryDirectory(prefix="tessera-verify-") as folder:
+        write_model(Path(folder), shape, window)
+        page_size, tokens = _generate(folder, shape, dict.fromkeys(phases, name), None)
+        _, expected = _generate(folder, shape, {}, page_size)
+    return sum(_num_equal(a, b) for a, b in zip(tokens, expected)) / sum(map(len, expected))
+
+
+def _differs(agreement: float, dtype: torch.dtype, window: int | None) -> str:
+    return (
+        f"{agreement:.0%} of the greedy tokens of a tiny model{f' with a window of {window}' if window else ''} come "
+        f"before the first that differs from {REFERENCE}'s, {AGREEMENT[dtype]:.0%} at least must"
+    )
 
 
 def write_model(folder: Path, shape: Shape, window: int | None) -> None:

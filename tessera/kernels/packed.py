@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = 1.4426950408889634
+from tessera.kernels.scores import Scores
+
 UNALIGNED = ["page_table", "cu_q_lens", "kv_lens", "tiles", "sinks"]  # begin anywhere, are read number by number
 
 
@@ -251,9 +252,7 @@ def packed_attention(
     sinks: Tensor | None,
     cu_q_lens: Tensor,
     tiles: Tensor,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
+    scores: Scores,
     options: Mapping[str, int],
 ) -> Tensor:
     """Attend within packed sequences, both ways.
@@ -268,15 +267,14 @@ def packed_attention(
     """
     out = q.new_empty(q.shape)
     packed_kernel[(k.shape[1], len(tiles))](
-        q, k, v, cu_q_lens, tiles, cu_q_lens if sinks is None else sinks, out, scale * LOG2_E,
-        (soft_cap or 0.0) * LOG2_E, q.stride(0), k.stride(0), v.stride(0), out.stride(0),
-        K_HEAD_STRIDE=k.stride(1), V_HEAD_STRIDE=v.stride(1), **constants(q, k.shape[1], sinks, window, soft_cap),
-        **options,
+        q, k, v, cu_q_lens, tiles, cu_q_lens if sinks is None else sinks, out, *scores.log2,
+        q.stride(0), k.stride(0), v.stride(0), out.stride(0),
+        K_HEAD_STRIDE=k.stride(1), V_HEAD_STRIDE=v.stride(1), **constants(q, k.shape[1], sinks, scores), **options,
     )  # fmt: skip
     return out
 
 
-def constants(q: Tensor, heads: int, sinks: Tensor | None, window: int | None, cap: float | None) -> dict[str, Any]:
+def constants(q: Tensor, heads: int, sinks: Tensor | None, scores: Scores) -> dict[str, Any]:
     """The compile-time arguments that the kernels share; `heads` are those of the keys."""
     main, tail = head_parts(q.shape[2])
     return {
@@ -286,8 +284,8 @@ def constants(q: Tensor, heads: int, sinks: Tensor | None, window: int | None, c
         "HEAD_DIM": q.shape[2],
         "HEAD_MAIN": main,
         "HEAD_TAIL": tail,
-        "WINDOW": window or 0,
-        "SOFT_CAP": cap is not None,
+        "WINDOW": scores.window or 0,
+        "SOFT_CAP": scores.soft_cap is not None,
         "SINKS": sinks is not None,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # which only float32 heeds
     }

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tessera.kernels.packed import LOG2_E, UNALIGNED, load_part, log2_soft_cap, store_part
+from tessera.kernels.packed import UNALIGNED, load_part, log2_soft_cap, store_part
+from tessera.kernels.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -180,9 +181,7 @@ def paged_decode(
     workspace: Workspace,
     num_splits: int,
     min_split: int,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
+    scores: Scores,
     options: Mapping[str, int],
 ) -> Tensor:
     """Attend from each sequence's newest token to all of its tokens; zeros where there are none.
@@ -203,12 +202,13 @@ def paged_decode(
     paged_decode_kernel[(num_kv_heads, num_splits, len(q))](
         q, k, v, page_table, kv_lens, kv_lens if sinks is None else sinks, out,
         workspace.part_out, workspace.part_lse, workspace.arrivals,
-        scale * LOG2_E, (soft_cap or 0.0) * LOG2_E, q.stride(0), k.stride(1), v.stride(1),
+        *scores.log2, q.stride(0), k.stride(1), v.stride(1),
         page_table.stride(0), num_splits, min_split,
         Q_HEAD_STRIDE=q.stride(1), K_HEAD_STRIDE=k.stride(2), V_HEAD_STRIDE=v.stride(2),
         GROUP=q.shape[1] // num_kv_heads, HEAD_DIM=head_dim, HEAD_PAD=pad, PAGE_SIZE=k.shape[1],
-        WINDOW=window or 0, SOFT_CAP=soft_cap is not None, SINKS=sinks is not None, ROWS=max(16, merge_rows),
-        MERGE_ROWS=merge_rows, PARTS=max(1, min(16, 2048 * options["num_warps"] // (merge_rows * pad))),
+        WINDOW=scores.window or 0, SOFT_CAP=scores.soft_cap is not None, SINKS=sinks is not None,
+        ROWS=max(16, merge_rows), MERGE_ROWS=merge_rows,
+        PARTS=max(1, min(16, 2048 * options["num_warps"] // (merge_rows * pad))),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **options,
     )  # fmt: skip
     return out

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tessera.kernels.packed import LOG2_E, UNALIGNED, attend_queries, constants
+from tessera.kernels.packed import UNALIGNED, attend_queries, constants
+from tessera.kernels.scores import Scores
 
 
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=UNALIGNED)
@@ -53,9 +54,7 @@ def paged_prefill(
     page_table: Tensor,
     tiles: Tensor,
     causal: bool,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
+    scores: Scores,
     options: Mapping[str, int],
 ) -> Tensor:
     """Attend from each sequence's last tokens to all of its tokens.
@@ -72,9 +71,9 @@ def paged_prefill(
     """
     out = q.new_empty(q.shape)
     paged_prefill_kernel[(k.shape[2], len(tiles))](
-        q, k, v, page_table, cu_q_lens, kv_lens, tiles, kv_lens if sinks is None else sinks, out, scale * LOG2_E,
-        (soft_cap or 0.0) * LOG2_E, q.stride(0), k.stride(1), v.stride(1), out.stride(0),
-        page_table.stride(0), K_HEAD_STRIDE=k.stride(2), V_HEAD_STRIDE=v.stride(2), PAGE_SIZE=k.shape[1],
-        CAUSAL=causal, **constants(q, k.shape[2], sinks, window, soft_cap), **options,
+        q, k, v, page_table, cu_q_lens, kv_lens, tiles, kv_lens if sinks is None else sinks, out, *scores.log2,
+        q.stride(0), k.stride(1), v.stride(1), out.stride(0), page_table.stride(0),
+        K_HEAD_STRIDE=k.stride(2), V_HEAD_STRIDE=v.stride(2), PAGE_SIZE=k.shape[1],
+        CAUSAL=causal, **constants(q, k.shape[2], sinks, scores), **options,
     )  # fmt: skip
     return out

@@ -34,10 +34,10 @@ class StepInputs:
 
 
 class InputBuilder:
-    """Turns a step into tensors on `device`."""
+    """Turns a step over pools of `num_pages` into tensors on `device`."""
 
-    def __init__(self, page_size: int, device: torch.device) -> None:
-        self._page_size, self._device = page_size, device
+    def __init__(self, num_pages: int, page_size: int, device: torch.device) -> None:
+        self._num_pages, self._page_size, self._device = num_pages, page_size, device
 
     def build(self, step: Step) -> StepInputs:
         """The step's tokens, decodes first, each phase with its batch."""
@@ -78,15 +78,16 @@ class InputBuilder:
 
     def _batch(self, q_lens: NDArray[np.int64], kv_lens: NDArray[np.int64], table: NDArray[np.int32]) -> Batch:
         cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
-        num_pages = -(-int(kv_lens.max()) // self._page_size)
+        most_pages = -(-int(kv_lens.max()) // self._page_size)
         return Batch(
             q_lens_cpu=q_lens.tolist(),
             kv_lens_cpu=kv_lens.tolist(),
             cu_q_lens=self._to_device(cu_q_lens),
             kv_lens=self._to_device(kv_lens.astype(np.int32)),
-            page_table=self._to_device(np.ascontiguousarray(table[:, :num_pages])),
+            page_table=self._to_device(np.ascontiguousarray(table[:, :most_pages])),
             max_q_len=int(q_lens.max()),
             max_kv_len=int(kv_lens.max()),
+            num_pages=self._num_pages,
         )
 
     def _to_device(self, array: NDArray[np.int64] | NDArray[np.int32]) -> Tensor:

@@ -33,7 +33,7 @@ class Runner:
     ) -> None:
         self._model, self._attention = model, attention
         self._k_pages, self._v_pages = k_pages, v_pages
-        self._inputs = InputBuilder(k_pages[0].shape[1], device)
+        self._inputs = InputBuilder(len(k_pages[0]), k_pages[0].shape[1], device)
         self._sampler = Sampler(model.spec.eos_token_ids)
 
     @torch.inference_mode()

@@ -23,7 +23,7 @@ LENS = {
 def answer_of_rows(case: Case, rows: list[int]) -> list[Tensor]:
     """The answer of each of these sequences, when they alone form the batch."""
     lens = tuple((case.batch.q_lens_cpu[row], case.batch.kv_lens_cpu[row]) for row in rows)
-    batch = make_batch(lens, case.batch.page_table[rows])
+    batch = make_batch(lens, case.batch.page_table[rows], case.batch.num_pages)
     part = replace(case, batch=batch, q=rows_of(case, case.q, rows))
     if case.phase is Phase.VISION:
         part = replace(part, k=rows_of(case, case.k, rows), v=rows_of(case, case.v, rows))

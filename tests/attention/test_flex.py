@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from attention_cases import check, make_shape
 from tessera.attention.backends import flex
-from tessera.attention.backends.flex import Flex
+from tessera.attention.backends.flex import MIN_TOKENS, Flex
 from tessera.attention.backends.flex_tiles import Tiler
 from tessera.attention.contract import Phase
 from tessera.attention.reference import visible_keys
@@ -22,15 +22,13 @@ from tessera.attention.workloads import WORKLOADS, Case, Workload, make_batch, m
 DECODES = Workload(((1, 70), (1, 3), (1, 129), (1, 40), (1, 64), (1, 1), (1, 200), (1, 17), (1, 90)))
 """One sequence more than a call on a CPU takes."""
 
-needs_compiler = pytest.mark.skipif(
-    bool(reasons := Flex.reasons_against(Phase.DECODE, make_shape())), reason="; ".join(reasons)
-)
+needs_compiler = pytest.mark.skipif(bool(reasons := flex._cpu_reasons(make_shape())), reason="; ".join(reasons))
 
 
 def rows_of(case: Case, rows: list[int]) -> Case:
     """These sequences of a decode, over the same pool."""
     lens = tuple((1, case.batch.kv_lens_cpu[row]) for row in rows)
-    return replace(case, batch=make_batch(lens, case.batch.page_table[rows]), q=case.q[rows])
+    return replace(case, batch=make_batch(lens, case.batch.page_table[rows], len(case.k)), q=case.q[rows])
 
 
 @needs_compiler
@@ -52,6 +50,28 @@ def test_decode_compiles_once_and_runs_the_kernel_it_claims() -> None:
     assert not any(re.search(pattern, name) for pattern in claim.must_not for name in names)
 
 
+@pytest.mark.parametrize("phase", list(Phase))
+def test_run_builds_no_mask_of_its_own(phase: Phase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them are in the plan, over the whole pool; without a kernel, since only its caller is asked."""
+    case = make_case(phase, Workload(((1, 1),) if phase is Phase.DECODE else ((5, 5),)), make_shape())
+    bound = Flex(phase, case.shape)
+    plan = bound.plan(case.batch)
+    num_slots = MIN_TOKENS if phase is Phase.VISION else case.k.shape[0] * case.k.shape[1]
+    assert [mask.seq_lengths[1] for mask in plan.masks] == [num_slots]
+    given: list[Any] = []
+
+    def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any, _: Any) -> torch.Tensor:
+        given.append(mask)
+        assert keys.shape == values.shape and keys.shape[2] == num_slots
+        return queries
+
+    monkeypatch.setattr(Tiler, "block_masks", None)
+    monkeypatch.setattr(bound, "_attend", lambda *_: attend)
+    for _ in range(2):
+        bound.run(plan, case.q, case.k, case.v)
+    assert [id(mask) for mask in given] == [id(mask) for mask in plan.masks] * 2
+
+
 @needs_compiler
 @torch.inference_mode()
 def test_prefill_with_window_and_soft_cap_equals_the_oracle() -> None:
@@ -70,7 +90,9 @@ def test_vision_equals_the_oracle() -> None:
 def test_every_workload_equals_the_oracle(phase: Phase, name: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         case = make_case(phase, WORKLOADS[phase][name], make_shape(dtype=dtype))
-        if not Flex.reasons_against(phase, case.shape):
+        if reasons := Flex.reasons_against(phase, case.shape):
+            assert case.shape.sinks and all("sinks" in reason for reason in reasons)
+        else:
             check(case, Flex)
 
 

@@ -295,6 +295,6 @@ def test_a_step_goes_to_the_nearest_size(monkeypatch: pytest.MonkeyPatch) -> Non
     planned: list[str] = []
     for backend in (Fast, Slow):
         monkeypatch.setattr(backend, "plan", lambda self, _: planned.append(self.name))
-    batch = make_batch(((1, 500),) * 60, torch.zeros(60, 32, dtype=torch.int32))
+    batch = make_batch(((1, 500),) * 60, torch.zeros(60, 32, dtype=torch.int32), 1)
     attention.begin_step([], [], torch.zeros(60, dtype=torch.int64), {Phase.DECODE: (slice(0, 60), batch)})
     assert planned == ["slow"]

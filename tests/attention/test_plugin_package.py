@@ -60,6 +60,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return install(copy(folder / "source"), folder / "site")
 
 
+def edit(site: Path, old: str, new: str) -> None:
+    module = site / NAME / "backend.py"
+    code = module.read_text()
+    assert code.count(old) == 1
+    module.write_text(code.replace(old, new))
+
+
 def tessera(site: Path, *args: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tessera.cli", *args, "--device", "cpu"]
@@ -92,15 +99,26 @@ def test_the_installed_package_keeps_every_claim_and_serves_a_model(installed: P
     assert (sinks["outcome"], sinks["detail"]) == ("not claimed", "no attention sinks, the model has them")
 
 
+@pytest.mark.parametrize(("mode", "steady"), [("cached", True), ("cached", False), ("off", True)])
+def test_auto_times_the_package_unnamed_and_its_fixed_order_does_not(
+    installed: Path, tmp_path: Path, mode: str, steady: bool
+) -> None:
+    site = Path(shutil.copytree(installed, tmp_path / "site", ignore=shutil.ignore_patterns("__pycache__")))
+    if steady:  # one sequence after another, so that it may claim this
+        edit(site, 'devices=("cpu", "cuda"),', 'devices=("cpu", "cuda"), batch_invariant=("cpu",),')
+    flags = ["--prompt", "a", "--max-tokens", "2", "--dtype", "float32", "--log-level", "debug", "--prove-attention"]
+    done = tessera(site, "generate", *flags, "--attention-measure", mode)
+    assert done.returncode == 0, done.stderr
+    assert (f"measuring decode attention: torch_sdpa, {NAME}\n" in done.stderr) == (steady and mode == "cached")
+    assert (f"not {NAME}: does not promise the same bits" in done.stderr) == (not steady)
+
+
 @pytest.mark.parametrize(("right", "wrong", "label", "words"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_copy_fails_and_the_claim_is_named(
     installed: Path, tmp_path: Path, right: str, wrong: str, label: str, words: str
 ) -> None:
     site = Path(shutil.copytree(installed, tmp_path / "site", ignore=shutil.ignore_patterns("__pycache__")))
-    module = site / NAME / "backend.py"
-    code = module.read_text()
-    assert code.count(right) == 1
-    module.write_text(code.replace(right, wrong))
+    edit(site, right, wrong)
     done = tessera(site, "verify", NAME, "--phase", "decode", "--dtype", "float32", "--json")
     failed = {line["check"]: line["detail"] for line in lines_of(done)[:-1] if line["outcome"] == "fail"}
     assert done.returncode == 1

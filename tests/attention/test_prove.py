@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from importlib.metadata import EntryPoint, EntryPoints
-from types import ModuleType
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from attention_cases import make_shape
-from tessera import LLM
-from tessera.attention import registry
+from attention_cases import DEVICES, make_shape
+from liars import BolderFa3, BoldLiar, FalseFa3, Honest, Liar, Raising, Silent, Vague, Wrong
+from tessera.attention import prove, registry
 from tessera.attention.backends.naive import Naive
-from tessera.attention.backends.torch_sdpa import TorchSdpa, TorchSdpaFlash
-from tessera.attention.contract import AttentionBackend, Claim, Phase, Shape
+from tessera.attention.backends.torch_sdpa import TorchSdpa, TorchSdpaMath
+from tessera.attention.contract import AttentionBackend, Claim, Phase
 from tessera.attention.prove import claim_problems, family_problems, profile_kernels, prove_alone
 from tessera.attention.selftest import self_test
 from tessera.attention.step import Bucket
@@ -33,70 +32,6 @@ CUDNN = "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_128x
 EFFICIENT = "fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel<cutlass::bfloat16_t>)"
 FLASHINFER = "void flashinfer::BatchDecodeWithPagedKVCacheKernel<(flashinfer::PosEncodingMode)0>"
 GEMM = "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT"
-
-
-class Liar(Naive):
-    """Calls itself after FlashAttention, claims what its kernels would be called, and calls SDPA."""
-
-    name: ClassVar[str] = "flash_attn"
-
-    @classmethod
-    def claim(cls, phase: Phase, shape: Shape) -> Claim:
-        return Claim(must=("FlashAttnFwdSm90",))
-
-    def _attend(self, part: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: Any) -> torch.Tensor:
-        scaled_dot_product_attention(q[None], q[None], q[None])
-        return super()._attend(part, q, k, v, sinks)
-
-
-class BoldLiar(Liar):
-    """Claims what it runs, under a name that must not run it."""
-
-    @classmethod
-    def claim(cls, phase: Phase, shape: Shape) -> Claim:
-        return Claim(must=("scaled_dot_product",))
-
-
-class Silent(Naive):
-    """Claims nothing."""
-
-    name: ClassVar[str] = "silent"
-
-    @classmethod
-    def claim(cls, phase: Phase, shape: Shape) -> Claim:
-        return Claim(must=())
-
-
-class Vague(Silent):
-    """Claims whatever there is."""
-
-    @classmethod
-    def claim(cls, phase: Phase, shape: Shape) -> Claim:
-        return Claim(must=(".*",))
-
-
-class Honest(Silent):
-    """A name of its own, and a claim that is true."""
-
-    name: ClassVar[str] = "honest"
-
-    @classmethod
-    def claim(cls, phase: Phase, shape: Shape) -> Claim:
-        return Claim(must=("aten::bmm",), must_not=("scaled_dot_product",))
-
-
-class Wrong(Honest):
-    """Scales by the wrong number, which no look at the result's size would tell."""
-
-    name: ClassVar[str] = "wrong"
-
-    def _attend(self, part: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: Any) -> torch.Tensor:
-        return super()._attend(part, q * 0.9, k, v, sinks)
-
-
-class Raising(Honest):
-    def plan(self, batch: Any) -> Any:
-        raise ValueError(f"no such tile for {len(batch.q_lens_cpu)}")
 
 
 def uses(*names: str) -> list[KernelUse]:
@@ -124,24 +59,6 @@ def test_a_backend_that_calls_itself_flash_attn_and_calls_sdpa_fails(phase: Phas
     assert said.startswith(f"flash_attn is not what attends in {phase}: no kernel matches its claim 'FlashAttnFwdSm90'")
     assert "belongs to torch_sdpa:flash" in said and "claimed was 'FlashAttnFwdSm90', the longest that ran were" in said
     assert caught.value.hint and f"--{phase}-attention" in caught.value.hint
-
-
-class FalseFa3(TorchSdpaFlash):
-    """Claims FlashAttention 3 and runs torch's build of FlashAttention 2."""
-
-    name: ClassVar[str] = "flash_attn:3"
-
-    @classmethod
-    def claim(cls, phase: Phase, shape: Shape) -> Claim:
-        return Claim(must=("FlashAttnFwdSm90",))
-
-
-class BolderFa3(FalseFa3):
-    """Claims just what it runs."""
-
-    @classmethod
-    def claim(cls, phase: Phase, shape: Shape) -> Claim:
-        return Claim(must=("flash_fwd",))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -228,6 +145,57 @@ def test_profile_counts_calls_and_marked_ranges() -> None:
     assert seen["mine::range"].microseconds >= 0
 
 
+def test_a_claimed_operator_has_the_time_of_what_it_calls_and_no_time_is_counted_twice() -> None:
+    def work() -> None:
+        with torch.profiler.record_function("mine::range"):
+            torch.ones(300, 300) @ torch.ones(300, 300)
+        torch.ones(300, 300).exp()
+
+    seen = {use.name: use for use in profile_kernels(work, "cpu", ["^mine::", "aten::matmul"])}
+    assert seen["aten::mm"].microseconds == 0 < seen["aten::mm"].calls  # it is part of aten::matmul
+    assert seen["aten::matmul"].microseconds > 0  # the nearest claimed one; the range has the rest
+    assert seen["mine::range"].microseconds > 0 < seen["aten::exp"].microseconds
+    whole = {use.name: use for use in profile_kernels(lambda: range_around(work), "cpu", ["^all$"])}
+    assert sum(use.microseconds for use in whole.values()) == whole["all"].microseconds
+
+
+def range_around(work: Callable[[], None]) -> None:
+    with torch.profiler.record_function("all"):
+        work()
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+def test_the_unfused_path_is_proven_with_the_time_of_its_products(
+    phase: Phase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its operator does nothing but call others: alone it would have next to no time."""
+    seen: list[KernelUse] = []
+
+    def noted(*arguments: Any) -> list[KernelUse]:
+        seen.extend(profile_kernels(*arguments))
+        return seen
+
+    monkeypatch.setattr(prove, "profile_kernels", noted)
+    (own,) = prove_alone(bound(TorchSdpaMath, phase), SIZES[phase])
+    assert own.microseconds > 0
+    assert {use.microseconds for use in seen if use.name == "aten::bmm"} == {0}  # all of it is part of the operator
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_profiling_says_nothing_of_its_own(device: str) -> None:
+    """In a process of its own, since torch says some things once, and reads once how much it is to say."""
+    code = f"""
+import torch
+from tessera.attention.prove import profile_kernels
+x = torch.ones(8, 8, device={device!r})
+for _ in range(2):
+    profile_kernels(lambda: x @ x, {device!r})
+"""
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout + done.stderr == ""
+
+
 @pytest.mark.parametrize("phase", [Phase.PREFILL, Phase.DECODE])
 @pytest.mark.parametrize("features", [{}, {"window": 20}, {"soft_cap": 3.0}, {"sinks": True}], ids=str)
 def test_self_test_passes_the_right_and_stops_the_wrong(phase: Phase, features: dict[str, Any]) -> None:
@@ -246,45 +214,3 @@ def test_a_profiler_that_sees_nothing_is_an_error_of_its_own() -> None:
 def test_self_test_tells_what_a_library_raises() -> None:
     with pytest.raises(BackendError, match="ValueError: no such tile"):
         self_test([bound(Raising, Phase.DECODE)])
-
-
-@pytest.fixture(autouse=True)
-def plug_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package beside tessera with a liar, a wrong one and an honest one."""
-    module = ModuleType("liars")
-    for backend in (Liar, Wrong, Honest):
-        setattr(module, backend.__name__, backend)
-    monkeypatch.setitem(sys.modules, "liars", module)
-    paths = {"flash_attn": "liars:Liar", "wrong": "liars:Wrong", "honest": "liars:Honest"}
-    points = EntryPoints(EntryPoint(name, path, "tessera.attention") for name, path in paths.items())
-    monkeypatch.setattr(registry, "entry_points", lambda *, group: points.select(group=group))
-
-
-def load(**settings: Any) -> LLM:
-    return LLM(dtype="float32", device="cpu", max_model_len=128, num_pages=16, **settings)
-
-
-def test_a_liar_named_by_a_user_does_not_get_to_serve() -> None:
-    with pytest.raises(BackendError, match="flash_attn is not what attends in decode"):
-        load(decode_attention="flash_attn", prove_attention=True)
-
-
-def test_a_wrong_backend_is_stopped_before_the_weights_are_read() -> None:
-    with pytest.raises(BackendError, match="wrong fails its self-test for prefill"):
-        load(attention="wrong")
-
-
-@pytest.mark.parametrize("name", ["honest", "naive", "torch_sdpa"])
-def test_the_engine_holds_a_proof_of_each_phase_in_the_model(name: str) -> None:
-    info = load(attention=name, prove_attention=True).info
-    assert [choice.phase for choice in info.attention] == ["prefill", "decode"]
-    for choice in info.attention:
-        (proof,) = choice.proofs
-        assert (proof.backend, proof.variant, proof.phase) == (name, None, choice.phase)
-        assert sum(use.calls for use in proof.symbols) >= 30  # the model's layers
-        assert proof.time_share is not None and 0 < proof.time_share < 1
-        assert proof.versions["torch"] == torch.__version__ and proof.device == info.device
-
-
-def test_proof_is_off_unless_it_is_asked_for() -> None:
-    assert all(choice.proofs == [] for choice in load(attention="torch_sdpa").info.attention)

@@ -41,8 +41,8 @@ def slots_of(lens: tuple[tuple[int, int], ...], table: Tensor) -> list[int]:
 
 def make_step(device: str) -> tuple[dict[Phase, tuple[slice, Batch]], list[int]]:
     batches = {
-        Phase.DECODE: (slice(0, 2), make_batch(DECODE, TABLE[:2], device)),
-        Phase.PREFILL: (slice(2, 25), make_batch(PREFILL, TABLE[2:], device)),
+        Phase.DECODE: (slice(0, 2), make_batch(DECODE, TABLE[:2], 12, device)),
+        Phase.PREFILL: (slice(2, 25), make_batch(PREFILL, TABLE[2:], 12, device)),
     }
     return batches, slots_of(DECODE, TABLE[:2]) + slots_of(PREFILL, TABLE[2:])
 
@@ -112,7 +112,7 @@ def test_padding_sequence_in_a_decode_batch_writes_nothing() -> None:
     """kv_len 0 announces the negative slot, without a look at the device."""
     attention, _ = make_attention("cpu")
     table = torch.cat([TABLE[:2], torch.zeros(1, 3, dtype=torch.int32)])
-    batches = {Phase.DECODE: (slice(0, 3), make_batch((*DECODE, (1, 0)), table))}
+    batches = {Phase.DECODE: (slice(0, 3), make_batch((*DECODE, (1, 0)), table, 12))}
     k_pages, v_pages, q, k, v = make_tensors(3, "cpu")
     before = k_pages[0].clone()
     slots = slots_of(DECODE, TABLE[:2])

@@ -141,14 +141,26 @@ def test_only_the_named_kernels_reasons_are_told_and_each_once() -> None:
 
 @pytest.mark.parametrize("backend", [TorchSdpaCudnn, TorchSdpaEfficient], ids=lambda backend: backend.name)
 def test_kernels_of_cuda_are_refused_on_a_cpu_without_a_trial(backend: type[TorchSdpa]) -> None:
-    assert backend.reasons_against(Phase.DECODE, make_shape()) == ["device cpu not in ('cuda',)"]
+    shape = make_shape(dtype=torch.bfloat16)
+    assert backend.reasons_against(Phase.DECODE, shape) == ["device cpu not in ('cuda',)"]
 
 
 @pytest.mark.parametrize(("phase", "name"), [(phase, name) for phase in Phase for name in WORKLOADS[phase]])
 def test_plan_without_masks_equals_the_oracle(phase: Phase, name: str) -> None:
     case = make_case(phase, WORKLOADS[phase][name], make_shape())
-    if not Unmasked.reasons_against(phase, case.shape):
+    reasons = Unmasked.reasons_against(phase, case.shape)
+    assert bool(reasons) == ("soft_cap" in name or "sinks" in name)
+    if not reasons:
         assert case.problems(case.answer(Unmasked)) == []
+
+
+@pytest.mark.parametrize("backend", [*ON_CPU, Unmasked], ids=lambda backend: backend.__name__)
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_decode_of_padding_rows_alone_is_finite(backend: type[AttentionBackend[Any]], window: int | None) -> None:
+    for num_rows in (1, 3):
+        case = make_case(Phase.DECODE, Workload(((1, 0),) * num_rows, window), make_shape())
+        assert case.batch.page_table.tolist() == [[0]] * num_rows
+        assert case.problems(case.answer(backend)) == []
 
 
 def test_decode_without_masks_has_none_and_one_call_for_sequences_of_one_length() -> None:

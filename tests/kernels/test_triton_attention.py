@@ -31,7 +31,8 @@ from tessera.attention.contract import Phase, Shape, import_error
 from tessera.attention.workloads import TOLERANCE, WORKLOADS, Case, Workload, make_batch, make_case
 
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
-RUNS = import_error("triton") is None and (INTERPRETED or DEVICE == "cuda")
+MISSING = import_error("triton")
+RUNS = MISSING is None and (INTERPRETED or DEVICE == "cuda")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 HEAD_DIMS = [32, 64, 72, 80, 96, 112, 128, 160, 256]
 MIXED = {
@@ -50,8 +51,10 @@ FEATURES = {
 }
 """Features together, which the named workloads ask for one at a time."""
 
-needs_kernels = pytest.mark.skipif(not RUNS, reason="runs on a GPU, or within test_in_the_interpreter")
-needs_cuda = pytest.mark.skipif(DEVICE != "cuda" or not RUNS, reason="a CUDA device is needed")
+NOT_HERE = "runs on a GPU, or within test_in_the_interpreter"
+needs_triton = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+needs_kernels = pytest.mark.skipif(not RUNS, reason=MISSING or NOT_HERE)
+needs_cuda = pytest.mark.skipif(DEVICE != "cuda" or not RUNS, reason=MISSING or "a CUDA device is needed")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_phase = pytest.mark.parametrize("phase", list(Phase))
 
@@ -76,10 +79,10 @@ def check(phase: Phase, workload: Workload, shape: Shape) -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests below run here")
-@pytest.mark.skipif(import_error("triton") is not None, reason="triton is not installed")
+@needs_triton
 def test_in_the_interpreter() -> None:
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
+    command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
     result = subprocess.run(
         command,
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
@@ -89,6 +92,7 @@ def test_in_the_interpreter() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    assert NOT_HERE not in result.stdout  # nothing was left out there either
 
 
 @needs_kernels
@@ -167,6 +171,8 @@ def test_padding_rows_of_garbage_come_back_as_zeros() -> None:
         answer = case.answer(Triton)
         assert not answer[2:].any()
         assert case.problems(answer) == []
+        alone = make_case(Phase.DECODE, Workload(((1, 0),) * 3, sinks=sinks), make_shape())
+        assert not alone.answer(Triton).any()
 
 
 @needs_kernels
@@ -176,7 +182,7 @@ def test_a_sequence_has_the_same_bits_in_any_batch(phase: Phase) -> None:
     case = make_case(phase, MIXED[phase], make_shape(dtype=torch.float16))
     both, (q_len, kv_len) = case.answer(Triton), MIXED[phase].lens[0]
     k, v = (x[:q_len] if phase is Phase.VISION else x for x in (case.k, case.v))
-    batch = make_batch(((q_len, kv_len),), case.batch.page_table[:1].cpu(), DEVICE)
+    batch = make_batch(((q_len, kv_len),), case.batch.page_table[:1].cpu(), case.batch.num_pages, DEVICE)
     alone = replace(case, q=case.q[:q_len], k=k, v=v, batch=batch).answer(Triton)
     assert torch.equal(alone, both[:q_len])
 
@@ -210,7 +216,7 @@ def test_a_claim_names_the_kernel_of_its_phase() -> None:
         assert Triton.claim(phase, make_shape(device="cpu")).must == ("triton_interpreted",)
 
 
-@pytest.mark.skipif(import_error("triton") is not None, reason="triton is not installed")
+@needs_triton
 @every_phase
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -60,7 +60,7 @@ class ChunkedSoftmax(AttentionBackend[list[Part]]):
     def claim(cls, phase: Phase, shape: Shape) -> Claim:
         """Matrix products and exponentials of our own, and nobody's softmax or fused attention."""
         if shape.device_type == "cpu":
-            return Claim(must=("aten::bmm", "aten::exp"), must_not=("_softmax", "scaled_dot_product"))
+            return Claim(must=("aten::bmm", "aten::exp$"), must_not=("_softmax", "scaled_dot_product"))
         return Claim(must=("(?i)gemm|gemv|cutlass", "(?i)exp"), must_not=("(?i)softmax", "(?i)flash", "(?i)fmha"))
 
     def plan(self, batch: Batch) -> list[Part]:

@@ -6,6 +6,7 @@ each, unless the package flashinfer-jit-cache brings them ready-made.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from torch import Tensor
 from tessera.attention.backends.flashinfer_build import build_needed, has_nvcc
 from tessera.attention.backends.page_lists import PageLists, list_pages, starts_of
 from tessera.attention.contract import AttentionBackend, Batch, Claim, Limits, Phase, Shape, is_installed
+from tessera.attention.cuda import make_event
 
 WORKSPACE_BYTES = 256 << 20
 """What partial results of split keys may take. The library recommends half of this, and raises where that
@@ -29,32 +31,9 @@ _PREFILL = Limits(
     soft_caps=True,
     bidirectional=True,
 )
-_HOPPER = Limits(
-    dtypes=(torch.bfloat16, torch.float16),
-    head_dims=(64, 128, 256),
-    min_capability=(9, 0),
-    max_capability=(9, 0),
-    windows=True,
-    soft_caps=True,
-    bidirectional=True,
-)
-_TENSOR_CORES = Limits(
-    dtypes=(torch.bfloat16, torch.float16),
-    head_dims=(64, 128, 256),
-    min_capability=(8, 0),
-    windows=True,
-    soft_caps=True,
-    graphs=True,
-)
-_CUDA_CORES = Limits(
-    dtypes=(torch.bfloat16, torch.float16),
-    head_dims=(64, 128, 256),
-    groups=(1, 2, 3, 4, 8),
-    min_capability=(8, 0),
-    windows=True,
-    soft_caps=True,
-    graphs=True,
-)
+_HOPPER = replace(_PREFILL, min_capability=(9, 0), max_capability=(9, 0))
+_TENSOR_CORES = replace(_PREFILL, bidirectional=False, graphs=True)
+_CUDA_CORES = replace(_TENSOR_CORES, groups=(1, 2, 3, 4, 8))
 _PAGED, _RAGGED = "BatchPrefillWithPagedKVCacheKernel", "BatchPrefillWithRaggedKVCacheKernel"
 _ON_HOPPER = r"(?<![A-Za-z])PrefillWithKVCacheKernel"  # as against SinglePrefillWithKVCacheKernel
 _DECODE = "BatchDecodeWithPagedKVCacheKernel"
@@ -78,7 +57,7 @@ class PlannedWrapper:
             self._copied.synchronize()
         self.wrapper.plan(*arguments, **options)
         if torch.cuda.is_available():
-            self._copied = self._copied or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied = self._copied or make_event()
             self._copied.record()
 
 

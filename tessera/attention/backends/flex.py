@@ -38,21 +38,21 @@ _LIMITS = Limits(
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class FlexPlan:
-    """The tiles of a step, and their block masks once the size of the pool is known."""
+    """The tiles of a step, and their block masks."""
 
     tiles: Tiles
-    num_pages: int = 0
-    masks: tuple[BlockMask, ...] = ()
+    num_pages: int
+    """Pages that the masks count; in VISION those that the packed keys are padded to."""
+    masks: tuple[BlockMask, ...]
     """One a call."""
 
 
 class Flex(AttentionBackend[FlexPlan]):
     """Serves every phase through a compiled kernel; never in the uncompiled form, which is not fused.
 
-    The first `run` of a plan, which learns the pool's size, builds its block masks; each number of tiles is
-    compiled when it is first met.
+    Each number of tiles is compiled when it is first met.
     """
 
     name: ClassVar[str] = "flex"
@@ -84,11 +84,11 @@ class Flex(AttentionBackend[FlexPlan]):
 
     def plan(self, batch: Batch) -> FlexPlan:
         """Cut the queries into tiles and build their block masks."""
-        plan = FlexPlan(self._tiler.tiles(batch))
+        tiles, num_pages = self._tiler.tiles(batch), batch.num_pages
         if self.phase is Phase.VISION:
             tokens = max(MIN_TOKENS, sum(batch.q_lens_cpu))
-            self._mask(plan, (1 << (tokens - 1).bit_length()) // VISION_PAGE)
-        return plan
+            num_pages = (1 << (tokens - 1).bit_length()) // VISION_PAGE
+        return FlexPlan(tiles, num_pages, self._tiler.block_masks(tiles, num_pages))
 
     def run(self, plan: FlexPlan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         """One compiled call a group of tiles, on a GPU of all."""
@@ -96,8 +96,6 @@ class Flex(AttentionBackend[FlexPlan]):
             padding = (0, 0, 0, 0, 0, plan.num_pages * VISION_PAGE - len(k))
             k, v = pad(k, padding), pad(v, padding)
         else:
-            if plan.num_pages != len(k):
-                self._mask(plan, len(k))
             k, v = k.flatten(0, 1), v.flatten(0, 1)
         keys, values = (x.transpose(0, 1)[None] for x in (k, v))
         queries = q.index_select(0, plan.tiles.rows).view(-1, self._tiler.queries, *q.shape[1:]).transpose(1, 2)
@@ -109,9 +107,6 @@ class Flex(AttentionBackend[FlexPlan]):
             at += num
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return out.transpose(1, 2).reshape(-1, *q.shape[1:]).index_select(0, plan.tiles.back)
-
-    def _mask(self, plan: FlexPlan, num_pages: int) -> None:
-        plan.num_pages, plan.masks = num_pages, self._tiler.block_masks(plan.tiles, num_pages)
 
     def _attend(self, num_tiles: int, num_pages: int) -> Callable[..., Tensor]:
         """The compiled call for these sizes, made once; it refuses to run uncompiled."""

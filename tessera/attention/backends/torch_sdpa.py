@@ -29,6 +29,7 @@ _LIMITS = Limits(
     batch_invariant=("cpu",),
 )
 _ON_CUDA = replace(_LIMITS, devices=("cuda",))
+_HALF_TYPES = (torch.bfloat16, torch.float16)
 
 _FLASH, _MATH = "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math"
 _SYMBOLS = {
@@ -46,6 +47,8 @@ class TorchSdpa(AttentionBackend[Plan]):
     limits: ClassVar[dict[Phase, Limits]] = dict.fromkeys(Phase, _LIMITS)
     only: ClassVar[SDPBackend | None] = None
     """The one kernel that torch may take; None leaves it the choice."""
+    dtypes_on: ClassVar[dict[str, tuple[torch.dtype, ...]]] = {}
+    """The types that a device's kernel takes where they are fewer than the limits say, which know no devices."""
 
     @classmethod
     def takes_masks(cls, device_type: str) -> bool:
@@ -56,6 +59,8 @@ class TorchSdpa(AttentionBackend[Plan]):
     def reasons_against(cls, phase: Phase, shape: Shape) -> list[str]:
         """What the limits forbid; for a variant also torch's own reasons, learnt from a tiny call."""
         reasons = super().reasons_against(phase, shape)
+        if shape.dtype not in (taken := cls.dtypes_on.get(shape.device_type, (shape.dtype,))):
+            reasons.append(f"dtype {shape.dtype} not in {taken} on {shape.device_type}")
         return reasons or ([] if cls.only is None else refusals(cls, cls.only, phase, shape))
 
     @classmethod
@@ -168,6 +173,7 @@ class TorchSdpaFlash(TorchSdpa):
     """Torch's flash attention; on CUDA it takes no mask, so sequences of unlike length are decoded one by one."""
 
     name: ClassVar[str] = "torch_sdpa:flash"
+    dtypes_on: ClassVar[dict[str, tuple[torch.dtype, ...]]] = {"cuda": _HALF_TYPES}
     only: ClassVar[SDPBackend | None] = SDPBackend.FLASH_ATTENTION
 
 
@@ -175,7 +181,7 @@ class TorchSdpaCudnn(TorchSdpa):
     """cuDNN's attention, which prepares itself anew for every length it has not met."""
 
     name: ClassVar[str] = "torch_sdpa:cudnn"
-    limits: ClassVar[dict[Phase, Limits]] = dict.fromkeys(Phase, _ON_CUDA)
+    limits: ClassVar[dict[Phase, Limits]] = dict.fromkeys(Phase, replace(_ON_CUDA, dtypes=_HALF_TYPES))
     only: ClassVar[SDPBackend | None] = SDPBackend.CUDNN_ATTENTION
 
 

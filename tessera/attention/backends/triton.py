@@ -2,7 +2,8 @@
 
 They serve every feature of the contract. How they are compiled stands in the tables below: the winners of
 docs/results/2026-11-21-h200-triton-prototypes.md where a shape was measured there, else what fits. Nothing is
-tuned at run time. With TRITON_INTERPRET=1 in the environment they run on a CPU too, slowly, to be tested.
+tuned at run time. On a Hopper GPU prompts go to a kernel made for it (`uses_hopper_kernel`). With
+TRITON_INTERPRET=1 in the environment the others run on a CPU too, slowly, to be tested.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tessera.attention.contract import AttentionBackend, Batch, Claim, Limits, Phase, Shape
+from tessera.attention.contract import AttentionBackend, Batch, Claim, Limits, Phase, Shape, import_error
+from tessera.kernels.scores import Scores
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton runs kernels in its interpreter: it decides when a kernel is defined, so this never changes."""
 KERNELS = {Phase.PREFILL: "paged_prefill_kernel", Phase.DECODE: "paged_decode_kernel", Phase.VISION: "packed_kernel"}
+HOPPER_KERNEL = "hopper_prefill_kernel"
+LONG_TILE = 4096
+"""Keys that a tile of queries sees on average from which on every tile has a program of its own: where tiles take long
+the hardware evens out what they take, where they are short it pays to begin the next before one is over."""
 LEAST_SHARED_MEMORY = 99 << 10
 """Bytes that a block may ask for on every GPU since Ampere; all options fit into it."""
 INTERPRETED_SMS = 32
@@ -117,6 +123,15 @@ def choose_options(phase: Phase, shape: Shape, shared_memory: int) -> Options:
     return options.fitted(_stored_head_dim(phase, shape.head_dim) * shape.dtype.itemsize, shared_memory)
 
 
+def uses_hopper_kernel(phase: Phase, shape: Shape) -> bool:
+    """Whether a shape's prompts are served by `hopper_prefill.py`: by the shape alone, as `choose_options`."""
+    fits = shape.head_dim in (32, 64, 128, 256) and shape.page_size in (16, 32, 64, 128, 256)
+    half = shape.dtype in (torch.bfloat16, torch.float16)
+    if phase is not Phase.PREFILL or shape.capability[0] != 9 or not (fits and half):
+        return False
+    return import_error("tessera.kernels.hopper_prefill") is None  # Gluon is new, and moves with Triton's versions
+
+
 @dataclass(frozen=True)
 class TritonPlan:
     """What `run` needs to know about a step; the tensors are the runner's, but for the tiles."""
@@ -126,6 +141,8 @@ class TritonPlan:
     """[n, 2] int32: (sequence, tile of its rows), longest first; None in DECODE."""
     num_splits: int = 1
     """DECODE: programs that share one sequence and key head."""
+    max_programs: int = 0
+    """Of the Hopper kernel."""
 
 
 class Triton(AttentionBackend[TritonPlan]):
@@ -142,7 +159,8 @@ class Triton(AttentionBackend[TritonPlan]):
         """The kernel of the phase, and nobody else's attention."""
         if shape.device_type == "cpu":
             return Claim(must=("triton_interpreted",))
-        return Claim(must=(f"^{KERNELS[phase]}",), must_not=("(?i)pytorch_flash|cudnn|fmha|flash_fwd",))
+        kernel = HOPPER_KERNEL if uses_hopper_kernel(phase, shape) else KERNELS[phase]
+        return Claim(must=(f"^{kernel}",), must_not=("(?i)pytorch_flash|cudnn|fmha|flash_fwd",))
 
     def __init__(self, phase: Phase, shape: Shape) -> None:
         # Imported here, not above: Triton takes long to import, and limits are read where it is not installed.
@@ -151,6 +169,7 @@ class Triton(AttentionBackend[TritonPlan]):
         super().__init__(phase, shape)
         sms, shared_memory = _device_resources(shape)
         self._options = choose_options(phase, shape, shared_memory)
+        self._sms, self._hopper = sms, uses_hopper_kernel(phase, shape)
         # Sequences are split only as long as there are no more programs than this.
         self._programs = max(1, sms * self._options.programs_per_sm)
         parts = self._programs if phase is Phase.DECODE else 1
@@ -160,7 +179,13 @@ class Triton(AttentionBackend[TritonPlan]):
         """List the tiles, or in DECODE choose the splits, from the number of sequences and `max_kv_len` alone."""
         if self.phase is Phase.DECODE:
             return TritonPlan(batch, num_splits=self._choose_splits(len(batch.kv_lens_cpu), batch.max_kv_len))
-        return TritonPlan(batch, self._list_tiles(batch))
+        if not self._hopper:
+            return TritonPlan(batch, self._list_tiles(batch, self._options.block_m))
+        from tessera.kernels.hopper_prefill import ROWS
+
+        tiles = self._list_tiles(batch, ROWS)
+        long = sum(batch.kv_lens_cpu) >= LONG_TILE * len(batch.kv_lens_cpu)
+        return TritonPlan(batch, tiles, max_programs=len(tiles) * self.shape.num_kv_heads if long else self._sms)
 
     def run(self, plan: TritonPlan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         """One kernel; it reads lengths and pages from the tensors of the planned batch."""
@@ -175,14 +200,18 @@ class Triton(AttentionBackend[TritonPlan]):
         from tessera.kernels.paged_prefill import paged_prefill
 
         shape, batch, options = self.shape, plan.batch, self._options.arguments()
-        scores = (shape.scale, shape.window, shape.soft_cap)
+        scores = Scores(shape.scale, shape.window, shape.soft_cap)
         if plan.tiles is None:
             work = (self._workspace, plan.num_splits, self._options.min_split)
-            return paged_decode(q, k, v, sinks, batch.kv_lens, batch.page_table, *work, *scores, options)
+            return paged_decode(q, k, v, sinks, batch.kv_lens, batch.page_table, *work, scores, options)
         if self.phase is Phase.VISION:
-            return packed_attention(q, k, v, sinks, batch.cu_q_lens, plan.tiles, *scores, options)
+            return packed_attention(q, k, v, sinks, batch.cu_q_lens, plan.tiles, scores, options)
         where = (batch.cu_q_lens, batch.kv_lens, batch.page_table, plan.tiles)
-        return paged_prefill(q, k, v, sinks, *where, shape.causal, *scores, options)
+        if self._hopper:
+            from tessera.kernels.hopper_prefill import hopper_prefill
+
+            return hopper_prefill(q, k, v, sinks, *where, shape.causal, scores, plan.max_programs)
+        return paged_prefill(q, k, v, sinks, *where, shape.causal, scores, options)
 
     def _choose_splits(self, num_seqs: int, max_kv_len: int) -> int:
         """As many programs as the device runs at once, of no fewer tokens than a split may have."""
@@ -190,10 +219,9 @@ class Triton(AttentionBackend[TritonPlan]):
         most = -(-longest // self._options.min_split)
         return max(1, min(most, self._programs // max(1, num_seqs * self.shape.num_kv_heads)))
 
-    def _list_tiles(self, batch: Batch) -> Tensor:
-        """Every tile of every sequence, those that see the most keys first: nobody waits for a late long one."""
-        q_lens = torch.tensor(batch.q_lens_cpu)
-        block, group = self._options.block_m, self.shape.group
+    def _list_tiles(self, batch: Batch, block: int) -> Tensor:
+        """Every tile of `block` rows, those that see the most keys first: nobody waits for a late long one."""
+        q_lens, group = torch.tensor(batch.q_lens_cpu), self.shape.group
         counts = (q_lens * group + block - 1) // block
         seqs = torch.repeat_interleave(torch.arange(len(counts)), counts)
         tiles = torch.arange(len(seqs)) - (counts.cumsum(0) - counts)[seqs]

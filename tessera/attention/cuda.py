@@ -1,0 +1,33 @@
+"""CUDA events and graphs behind typed functions, for torch does not annotate what makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def make_event(*, timing: bool = False) -> torch.cuda.Event:
+    """An event that is not recorded yet, with a time if it is to be measured by."""
+    event: torch.cuda.Event = torch.cuda.Event(enable_timing=timing)  # type: ignore[no-untyped-call]
+    return event
+
+
+def capture(call: Callable[[], Result], warm_up: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """`call` as a graph, with what it returned: tensors that every replay writes anew.
+
+    `warm_up` runs before on a stream of its own: whatever compiles or chooses on its first call must do so there.
+    """
+    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        warm_up()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
