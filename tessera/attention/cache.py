@@ -22,6 +22,7 @@ from tessera.attention.measure import Measured
 from tessera.attention.prove import versions_of
 from tessera.attention.registry import BACKENDS, Backend, class_of, plug_in_sources, plug_ins
 from tessera.attention.step import Bucket
+from tessera.folders import cache_folder
 from tessera.log import logger
 
 _SOURCES = (
@@ -38,15 +39,6 @@ _SOURCES = (
 class _Stored:
     key: dict[str, str]
     measured: Measured
-
-
-def cache_folder() -> Path:
-    """Where measurements are kept: $XDG_CACHE_HOME or ~/.cache, then tessera/attention. OSError: nowhere."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError as error:  # a user without a home, as in some containers
-        raise OSError("there is no home folder, and XDG_CACHE_HOME is not set") from error
-    return folder / "tessera" / "attention"
 
 
 def make_key(phase: Phase, layers: Mapping[Shape, int], buckets: Sequence[Bucket]) -> dict[str, str]:
@@ -99,7 +91,7 @@ def write(measurements: Iterable[tuple[Mapping[str, str], Measured]]) -> None:
 
 def _path(key: Mapping[str, str]) -> Path:
     digest = hashlib.sha256(msgspec.json.encode(dict(sorted(key.items())))).hexdigest()
-    return cache_folder() / f"{digest[:32]}.json"
+    return cache_folder() / "attention" / f"{digest[:32]}.json"
 
 
 def _file_digest(backend: Backend) -> str:

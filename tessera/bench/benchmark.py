@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Container, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from tessera.bench.provenance import command_line, commit
 from tessera.bench.record import Kind, Record, append, read
 
 
@@ -35,43 +37,70 @@ class Benchmark(Protocol):
         """
 
 
-def done_in(path: Path, command: str, commit: str) -> set[Done]:
-    """The rows that this command, with this code, has written to a file and that did not fail."""
-    if not path.exists():
-        return set()
-    return {
-        Done(row.case_key, row.subject.label, row.repeat)
-        for row in read(path)
-        if row.status != "failed" and (row.provenance.command, row.provenance.commit) == (command, commit)
-    }
+def measure(benchmark: Benchmark, path: Path, *, resume: bool = False) -> Iterator[Record]:
+    """The rows as they come, every one on disk before it is yielded.
+
+    With `resume`, what this command, with this code, has written to `path` and did not fail is not measured again but
+    comes first, and the new rows count as of the same run.
+    """
+    before = _rows_of_this_command(path) if resume else []
+    yield from before
+    for measured in benchmark.records({Done(row.case_key, row.subject.label, row.repeat) for row in before}):
+        record = _as_of_run(measured, before[-1].provenance.run) if before else measured
+        append(path, [record])
+        yield record
 
 
-def run(benchmark: Benchmark, path: Path, done: Container[Done] = (), *, resumed: int = 0) -> list[Record]:
-    """Run to the end, every row on disk as soon as there is one; progress and time left on stderr. Returns the rows."""
+def run(benchmark: Benchmark, path: Path, *, resume: bool = False) -> list[Record]:
+    """`measure` to the end, with progress and time left on stderr; the rows."""
     rows = []
-    with _Progress(benchmark.kind, benchmark.num_records, resumed) as progress:
-        for record in benchmark.records(done):
-            append(path, [record])
+    with _Progress(benchmark.kind, benchmark.num_records) as progress:
+        for record in measure(benchmark, path, resume=resume):
             rows.append(record)
             progress.advance(record)
     return rows
 
 
+def _rows_of_this_command(path: Path) -> list[Record]:
+    """Those of its last run, but for the failed."""
+    if not path.exists():
+        return []
+    command, code = _without_resume(command_line()), commit()
+    rows = [
+        row for row in read(path) if (_without_resume(row.provenance.command), row.provenance.commit) == (command, code)
+    ]
+    return [row for row in rows if row.provenance.run == rows[-1].provenance.run and row.status != "failed"]
+
+
+def _without_resume(command: str) -> str:
+    return " ".join(word for word in command.split() if word != "--resume")
+
+
+def _as_of_run(record: Record, run: str) -> Record:
+    return replace(record, provenance=replace(record.provenance, run=run))
+
+
 class _Progress:
     """A bar with the time left on a terminal, a line a row elsewhere."""
 
-    def __init__(self, what: str, total: int, done: int) -> None:
+    def __init__(self, what: str, total: int) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        from rich.progress import TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         console = Console(file=sys.stderr)
         self._plain = not console.is_terminal
         columns = (TextColumn("{task.fields[what]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         text = TextColumn("left, {task.description}", markup=False)
         self._bar = Progress(*columns, TimeRemainingColumn(), text, console=console, disable=self._plain)
-        self._task = self._bar.add_task("starting", total=total, completed=done, what=what)
-        self._what, self._total, self._count = what, total, done
+        self._task = self._bar.add_task("starting", total=total, what=what)
+        self._what, self._total, self._count = what, total, 0
 
     def __enter__(self) -> _Progress:
         self._bar.start()

@@ -22,6 +22,9 @@ class RunOptions:
     out: str | None = None
     """File that rows are appended to, as JSON lines. Left out: results/ and the benchmark's name."""
 
+    resume: bool = False
+    """Leave out what this very command, with this code, has written to --out already."""
+
     RANGES: ClassVar[Ranges] = {"repeats": (1, 1000)}
 
     def out_path(self, kind: str) -> Path:

@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tessera.kernels.hopper_tiles import (
+    begin_softmax,
     clear_values,
     copy_tile,
     find_tile,
@@ -182,12 +183,7 @@ def _consume(
         low, high = kv_len - q_len + row // GROUP, kv_len - q_len + (row + BLOCK_M - 1) // GROUP
         rows = row + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
         position = (kv_len - q_len + rows // GROUP)[:, None]
-        # Not -inf: the difference of two would be NaN.
-        peak = gl.full([BLOCK_M], -1.0e30, gl.float32, gl.SliceLayout(1, layout))
-        total = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, layout))
-        if SINKS:
-            peak = gl.load(sinks + kv_head * GROUP + rows % GROUP) * 1.4426950408889634
-            total += 1.0
+        peak, total = begin_softmax(sinks, kv_head * GROUP + rows % GROUP, BLOCK_M, BLOCK_N, SINKS)
         weights, peak, total = _attend_first(
             q_smem, ring, position, kv_len, low, high, highest, peak, total, count, scale_log2, cap_log2,
             HEAD_DIM, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW, SOFT_CAP,

@@ -74,6 +74,20 @@ def load_queries(
 
 
 @gluon.jit
+def begin_softmax(
+    sinks: gl.tensor, head: gl.tensor, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SINKS: gl.constexpr,
+) -> tuple[gl.tensor, ...]:  # fmt: skip
+    """The peak and the total of rows of these heads before any key is seen: the sinks alone."""
+    layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
+    peak = gl.full([BLOCK_M], -1.0e30, gl.float32, layout)  # not -inf: the difference of two would be NaN
+    total = gl.zeros([BLOCK_M], gl.float32, layout)
+    if SINKS:
+        peak = gl.load(sinks + head) * 1.4426950408889634
+        total += 1.0
+    return peak, total
+
+
+@gluon.jit
 def softmax(
     scores: gl.tensor, peak: gl.tensor, total: gl.tensor, rate: gl.tensor,
 ) -> tuple[gl.tensor, ...]:  # fmt: skip

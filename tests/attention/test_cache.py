@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from plug_ins import SHAPE, config
-from tessera.attention import cache
 from tessera.attention.choose import build_attention
+from tessera.folders import cache_folder
 
 
 @pytest.fixture
@@ -55,4 +55,4 @@ def test_a_folder_that_is_not_there_yet_is_made_in_silence(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not" / "yet"))
     build()
-    assert said.records == [] and len(list(cache.cache_folder().iterdir())) == 2
+    assert said.records == [] and len(list((cache_folder() / "attention").iterdir())) == 2

@@ -1,0 +1,1 @@
+"""`tessera bench api`: a sweep over concurrency."""

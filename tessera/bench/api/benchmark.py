@@ -1,0 +1,257 @@
+"""The sweep of the FlashAttention article: throughput and first tokens over concurrency, for short and long prompts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from tessera.bench.api.load import (
+    NUM_PROBES,
+    cache_state,
+    cached_tokens,
+    hits,
+    memory,
+    metrics,
+    network_ms,
+    wrong_lengths,
+)
+from tessera.bench.api.options import ApiOptions
+from tessera.bench.benchmark import Done
+from tessera.bench.provenance import Provenance, provenance
+from tessera.bench.record import Conditions, Kind, Record, Subject, Value
+from tessera.bench.served.client import Call, Load, closed_loop
+from tessera.bench.served.latency import bottleneck, failures, ttft_ms
+from tessera.bench.served.prompts import Prompts, prompts_for
+from tessera.bench.served.servers import Server
+from tessera.bench.served.targets import Target, UrlTarget
+from tessera.errors import ConfigError, TesseraError
+from tessera.log import logger
+
+NUM_WARMUP_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the grid."""
+
+    concurrency: int
+    num_tokens: int
+    """Of each prompt."""
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A server that is up, and what all its rows share."""
+
+    server: Server
+    model: str
+    subject: Subject
+    conditions: Conditions
+    prompts: Prompts
+    network_ms: float
+    caching_off: bool
+
+
+class ApiBenchmark:
+    """Every target at every level of concurrency with every length of prompt, `repeats` times.
+
+    A server of ours is started for each repeat, is alone on the machine, and is stopped after it; every second repeat
+    takes targets and levels in reverse order. All targets get the same prompts; those of each row are new, so that
+    none profits from what another left in a prefix cache, unless `options.same_prompt`. A row in which a request
+    failed, was counted otherwise than asked, or hit the cache though its prompt was new, is failed.
+    """
+
+    kind: Kind = "api"
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        options: ApiOptions,
+        *,
+        model: str,
+        repeats: int,
+        seed: int = 0,
+        command: str | None = None,
+    ) -> None:
+        labels = [target.label for target in targets]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ConfigError(f"{twice[0]} is named twice", "give each server a name of its own: --url NAME=URL")
+        self.targets, self.options, self.repeats = targets, options, repeats
+        self.cells = [Cell(level, length) for length in options.lengths for level in options.levels]
+        self._model, self._seed, self._command = model, seed, command
+        self._provenance: Provenance | None = None
+
+    @property
+    def num_records(self) -> int:
+        """One a target, level, length and repeat."""
+        return len(self.targets) * len(self.cells) * self.repeats
+
+    def case_of(self, cell: Cell) -> dict[str, Value]:
+        """As a Record has it; the model too, so that those of different models are never compared."""
+        options = self.options
+        return {
+            "model": self._model,
+            "input_tokens": cell.num_tokens,
+            "output_tokens": options.output_len,
+            "concurrency": cell.concurrency,
+            "prompts": "same" if options.same_prompt else "distinct",
+            "endpoint": "chat" if options.chat else "completions",
+        }
+
+    def records(self, done: Container[Done] = ()) -> Iterator[Record]:
+        """Measure and yield row by row."""
+        self._provenance = self._provenance or provenance(self._command)
+        for repeat in range(self.repeats):
+            step = -1 if repeat % 2 else 1
+            for target in self.targets[::step]:
+                cells = [
+                    cell
+                    for cell in self.cells[::step]
+                    if Done(self._failed(target, repeat, cell, "left out").case_key, target.label, repeat) not in done
+                ]
+                if cells:
+                    yield from self._of(target, repeat, cells)
+
+    def _of(self, target: Target, repeat: int, cells: Sequence[Cell]) -> Iterator[Record]:
+        """The rows of one target in one repeat."""
+        if target.reasons:
+            for cell in cells:
+                yield replace(self._failed(target, repeat, cell, "; ".join(target.reasons)), status="unavailable")
+            return
+        left = list(cells)
+        try:
+            server, subject = target.start()
+            with server:
+                running = self._prepared(target, server, subject)
+                while left:
+                    row = self._measured(running, repeat, left[0])
+                    left.pop(0)
+                    yield row
+        except TesseraError as error:
+            for cell in left:
+                yield self._failed(target, repeat, cell, str(error).replace("\n\n", " "))
+
+    def _failed(self, target: Target, repeat: int, cell: Cell, reason: str) -> Record:
+        """A row without figures of a target of which nothing is known."""
+        conditions = Conditions(model=self._model, seed=self._seed, settings=self._settings())
+        case = self.case_of(cell)
+        return Record(self.kind, case, target.idle, "failed", conditions, self._where, repeat, reason=reason)
+
+    @property
+    def _where(self) -> Provenance:
+        assert self._provenance
+        return self._provenance
+
+    @property
+    def _salt(self) -> str:
+        """What tells this run's prompts from those that a server which stays up was sent before; '' for ours."""
+        return self._where.run if any(isinstance(target, UrlTarget) for target in self.targets) else ""
+
+    def _settings(self) -> dict[str, Value]:
+        options = self.options
+        return {
+            "temperature": 0,
+            "ignore_eos": options.ignore_eos,
+            "prompts": "same" if options.same_prompt else "distinct",
+            "prompt_salt": self._salt,
+            "timeout_s": options.request_timeout,
+            "order": "targets and levels reversed every second repeat",
+        }
+
+    def _prepared(self, target: Target, server: Server, subject: Subject) -> _Running:
+        model, info, settings = server.model, server.info, self._settings()
+        if info:
+            self.options.check_context(info.max_model_len, info.model)
+            names = ("page_size", "num_pages", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
+            settings |= {name: getattr(info, name) for name in names}
+        prompts = asyncio.run(prompts_for(server, model, messages=self.options.chat))
+        settings |= {"prompt_form": "token ids" if isinstance(prompts.parts[0], int) else "text"}
+        conditions = Conditions(
+            model=model,
+            dtype=info.dtype if info else "",
+            device=info.device if info else "",
+            seed=self._seed,
+            warmup="1 request before each row, of a prompt of its own"
+            if not self.options.same_prompt
+            else "1 request before each row, of the row's prompt",
+            settings=settings,
+        )
+        return _Running(server, model, subject, conditions, prompts, network_ms(server), target.cache == "off")
+
+    def _measured(self, running: _Running, repeat: int, cell: Cell) -> Record:
+        row = Record(
+            self.kind,
+            self.case_of(cell),
+            running.subject,
+            "failed",
+            running.conditions,
+            self._where,
+            repeat,
+            reason="not measured",
+        )
+        if problem := failures(self._send(running, [self._warmup_call(running, repeat, cell)])):
+            return replace(row, reason=f"in the warm-up {problem}")
+        load = self._send(running, [self._call(running, repeat, cell, index) for index in range(cell.concurrency)])
+        return self._judged(row, running, cell, load)
+
+    def _call(self, running: _Running, repeat: int, cell: Cell, index: int) -> Call:
+        place = "same" if self.options.same_prompt else index
+        salt = (self._salt, self._seed, repeat, cell.concurrency, place)
+        return running.prompts.call(index, cell.num_tokens, self.options.output_len, self._fields, *salt)
+
+    def _warmup_call(self, running: _Running, repeat: int, cell: Cell) -> Call:
+        """The row's prompt where all are the same, else one of its own."""
+        call = self._call(running, repeat, cell, -1)
+        return replace(call, max_tokens=min(NUM_WARMUP_TOKENS, call.max_tokens))
+
+    @property
+    def _fields(self) -> dict[str, Value]:
+        fields: dict[str, Value] = {"temperature": 0}
+        return fields | {"ignore_eos": True} if self.options.ignore_eos else fields
+
+    def _send(self, running: _Running, calls: Sequence[Call]) -> Load:
+        server, timeout = running.server, self.options.request_timeout
+        loop = closed_loop(server.url, running.model, calls, len(calls), timeout_s=timeout, headers=server.headers)
+        return asyncio.run(loop)
+
+    def _judged(self, row: Record, running: _Running, cell: Cell, load: Load) -> Record:
+        """The row with the load's figures, or with what forbids them."""
+        subject = replace(row.subject, note="; ".join(note for note in (row.subject.note, _caveats(load)) if note))
+        if warning := bottleneck(load):
+            logger.warning("%s at concurrency %d: %s", subject.label, cell.concurrency, warning)
+        added = running.prompts.num_added
+        cache = cache_state(load.replies, added, is_off=running.caching_off)
+        row = replace(row, subject=subject, conditions=replace(row.conditions, cache=cache))
+        if problem := self._problem(load, cell, added):
+            return replace(row, reason=problem)
+        figures = metrics(load) | {"network_ms": running.network_ms} | memory(running.server)
+        if (cached := cached_tokens(load.replies)) is not None:
+            figures["cached_prompt_tokens"] = float(cached)
+        firsts = [round(ttft_ms(reply), 4) for reply in load.replies]
+        try:
+            return replace(row, status="ok", reason="", metrics=figures, samples={"ttft_ms": firsts})
+        except ValueError as error:  # without a proof that fits there is no figure
+            return replace(row, reason=str(error))
+
+    def _problem(self, load: Load, cell: Cell, num_added: int) -> str:
+        """Why this load must not be a figure, or ''."""
+        if load.failed:
+            return failures(load)
+        if wrong := wrong_lengths(load.replies, cell.num_tokens):
+            return wrong
+        if not self.options.same_prompt and (num_hits := hits(load.replies, num_added)):
+            return (
+                f"{num_hits} of {len(load.replies)} prompts came out of the prefix cache, though none was sent before"
+            )
+        return ""
+
+
+def _caveats(load: Load) -> str:
+    spread = any(reply.token_counts == "spread" for reply in load.replies if reply.ok)
+    told = "tokens spread over chunks: the server does not tell the tokens of each" if spread else ""
+    return "; ".join(note for note in (bottleneck(load), told) if note)
+
+
+PROBES = f"median of {NUM_PROBES} GETs to the server's root"
+"""How `network_ms` is measured, for captions."""

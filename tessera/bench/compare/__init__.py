@@ -1,0 +1,1 @@
+"""`tessera bench compare`: every benchmark for every backend, and a report."""

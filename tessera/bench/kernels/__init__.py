@@ -1,0 +1,1 @@
+"""`tessera bench kernels`: attention kernels alone, checked, proven and timed in turn."""

@@ -1,0 +1,1 @@
+"""`tessera bench offline`: throughput on fixed token ids, a process for each engine."""

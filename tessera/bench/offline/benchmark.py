@@ -1,0 +1,255 @@
+"""Throughput on fixed token ids: each backend and each peer in a process of its own, taking turns."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tessera.bench.benchmark import Done
+from tessera.bench.offline.entrants import Entrant, ours, peers
+from tessera.bench.offline.options import OfflineOptions
+from tessera.bench.offline.target import Target, target_of
+from tessera.bench.offline.worker_process import WorkerError, WorkerProcess
+from tessera.bench.offline.workloads import Workload, workload_of
+from tessera.bench.provenance import Provenance
+from tessera.bench.record import CacheState, Conditions, Kind, Record, Status, Subject, Value
+from tessera.bench.subjects import Wanted
+from tessera.config import EngineConfig
+from tessera.errors import TesseraError
+from tessera.log import logger
+
+
+@dataclass
+class _Racer:
+    """An entrant that was started, or whose start failed."""
+
+    entrant: Entrant
+    subject: Subject
+    process: WorkerProcess | None = None
+    failure: str = ""
+    """Why it can run no more."""
+    no_memory: bool = False
+    facts: dict[str, Any] | None = None
+    """What its worker answered to load."""
+    warmup_seconds: float = 0.0
+
+    def fail(self, error: Exception) -> None:
+        self.failure = str(error) or type(error).__name__
+        self.no_memory = isinstance(error, WorkerError) and error.no_memory
+        self.close()
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.close()
+            self.process = None
+
+
+class OfflineBenchmark:
+    """Runs one workload on every subject, `repeats` times, in the order A B C, C B A, ...
+
+    Raises ConfigError where the workload does not fit the model, or for an impossible option.
+    """
+
+    kind: Kind = "offline"
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        wanted: Sequence[Wanted],
+        options: OfflineOptions,
+        repeats: int,
+        provenance: Provenance,
+    ) -> None:
+        self.workload: Workload = workload_of(options)
+        self.target: Target = target_of(config)
+        self.config = self._fitted(config)
+        self._options, self._repeats, self._provenance = options, repeats, provenance
+        self._prompts, self._output_lens = self.workload.draw()
+        self._order = "one at a time" if options.one_at_a_time else "in turns"
+        self._entrants = [ours(each, self.config) for each in wanted] + peers(options, self.target, self.config)
+        self.case: dict[str, Value] = {
+            **self.workload.case,
+            "temperature": options.temperature,
+            "model": self.target.name,
+            "dtype": self.target.dtype,
+        }
+
+    @property
+    def num_records(self) -> int:
+        """One for each that cannot take part, one a repeat for the others."""
+        return sum(1 if entrant.reasons else self._repeats for entrant in self._entrants)
+
+    @property
+    def labels(self) -> list[str]:
+        """All subjects, in the order in which they were named."""
+        return [entrant.subject.label for entrant in self._entrants]
+
+    def records(self, done: Container[Done] = ()) -> Iterator[Record]:
+        """Rows in the order in which they were measured; see Benchmark."""
+        for entrant in self._entrants:
+            if entrant.reasons and not self._is_done(entrant, 0, done):
+                yield self._row(entrant.subject, "unavailable", 0, reason="; ".join(entrant.reasons))
+        able = [e for e in self._entrants if not e.reasons]
+        able = [e for e in able if not all(self._is_done(e, repeat, done) for repeat in range(self._repeats))]
+        with tempfile.TemporaryDirectory(prefix="tessera-bench-") as scratch:
+            racers = None if self._options.one_at_a_time else self._start_all(able, Path(scratch))
+            self._order = "one at a time" if racers is None else "in turns"
+            if racers is not None:
+                yield from self._race(racers, done)
+                return
+            for entrant in able:
+                yield from self._race([self._start(entrant, Path(scratch))], done)
+
+    def _fitted(self, config: EngineConfig) -> EngineConfig:
+        """The engine with room for the work and no more, so that several engines fit a device."""
+        context = config.model.max_model_len or self.target.spec.max_position
+        self.workload.check_fits(self.target.name, self.target.spec.vocab_size, context)
+        model = replace(config.model, max_model_len=config.model.max_model_len or self.workload.max_len)
+        most = min(config.scheduler.max_num_seqs, self.workload.num_prompts)
+        return replace(config, model=model, scheduler=replace(config.scheduler, max_num_seqs=most))
+
+    def _start_all(self, entrants: Sequence[Entrant], scratch: Path) -> list[_Racer] | None:
+        """All of them, loaded and warm; None where memory does not hold them beside one another."""
+        racers: list[_Racer] = []
+        try:
+            for entrant in entrants:
+                racers.append(self._start(entrant, scratch))
+                if len(racers) > 1 and self._wants_memory(racers[-1]):
+                    label = entrant.subject.label
+                    logger.warning("memory does not hold %s beside the others: one subject at a time", label)
+                    _close(racers)
+                    return None
+        except BaseException:
+            _close(racers)
+            raise
+        return racers
+
+    def _start(self, entrant: Entrant, scratch: Path) -> _Racer:
+        racer = _Racer(entrant, entrant.subject)
+        logger.info("loading %s", entrant.subject.label)
+        try:
+            settings = entrant.settings(scratch)
+            racer.process = WorkerProcess(entrant.command, self._options.pass_timeout)
+            racer.facts = racer.process.ask("load", settings=settings)
+            racer.subject = entrant.started(entrant.subject, racer.facts)
+            for _ in range(self._options.warmup):
+                racer.warmup_seconds += float(self._pass(racer.process)["seconds"])
+        except (WorkerError, TesseraError) as error:
+            racer.fail(error)
+        except BaseException:
+            racer.close()
+            raise
+        return racer
+
+    def _wants_memory(self, racer: _Racer) -> bool:
+        """Whether it may do better alone. A peer tells why a GPU is too full in the log of its own process only."""
+        full = bool(racer.failure) and self.target.device == "cuda"
+        return racer.no_memory or full or self._is_short(racer)
+
+    def _is_short(self, racer: _Racer) -> bool:
+        """Whether an engine of ours got less cache than the work takes because others hold the memory."""
+        info = (racer.facts or {}).get("info")
+        if info is None or racer.failure or self.config.cache.num_pages is not None:
+            return False
+        lengths = [len(prompt) + length for prompt, length in zip(self._prompts, self._output_lens)]
+        longest = sorted(lengths, reverse=True)[: self.config.scheduler.max_num_seqs]
+        return bool(info["num_pages"] < sum(-(-length // info["page_size"]) for length in longest))
+
+    def _race(self, racers: list[_Racer], done: Container[Done]) -> Iterator[Record]:
+        """Every repeat of every racer, the order turned round each time."""
+        try:
+            for repeat in range(self._repeats):
+                for racer in racers if repeat % 2 == 0 else racers[::-1]:
+                    if not self._is_done(racer.entrant, repeat, done):
+                        yield self._measure(racer, repeat)
+        finally:
+            _close(racers)
+
+    def _measure(self, racer: _Racer, repeat: int) -> Record:
+        if racer.process is not None:
+            try:
+                found = self._pass(racer.process)
+                memory = racer.process.ask("memory")["memory"]
+                return self._ok(racer, repeat, found, memory)
+            except (WorkerError, ValueError) as error:
+                racer.fail(error)
+        return self._row(racer.subject, "failed", repeat, reason=racer.failure)
+
+    def _pass(self, process: WorkerProcess) -> dict[str, Any]:
+        """One pass, with as many tokens as were asked for; WorkerError otherwise."""
+        found = process.ask(
+            "run", prompts=self._prompts, output_lens=self._output_lens, temperature=self._options.temperature
+        )
+        output_lens = [len(output) for output in found["output_ids"]]
+        if output_lens != self._output_lens:
+            wanted = f"{len(self._output_lens)} answers with {sum(self._output_lens)} tokens were asked for"
+            raise WorkerError(f"{wanted}, {len(output_lens)} with {sum(output_lens)} came back")
+        if (num_prompt := sum(map(len, self._prompts))) != found["prompt_tokens"]:
+            raise WorkerError(f"{num_prompt} prompt tokens were sent, {found['prompt_tokens']} were computed")
+        return found
+
+    def _ok(self, racer: _Racer, repeat: int, found: dict[str, Any], memory: dict[str, int]) -> Record:
+        seconds, num_output = float(found["seconds"]), sum(self._output_lens)
+        metrics = {
+            "seconds": seconds,
+            "req_s": len(self._prompts) / seconds,
+            "output_tok_s": num_output / seconds,
+            "total_tok_s": (num_output + found["prompt_tokens"]) / seconds,
+            "warmup_seconds": racer.warmup_seconds,
+        }
+        of_device = memory.get("gpu" if self.target.device == "cuda" else "host")
+        metrics |= {} if of_device is None else {"peak_memory_bytes": float(of_device)}
+        metrics |= {name: float(value) for name, value in found.get("counters", {}).items()}
+        samples = {}
+        for name, key in (("latency_ms", "latencies_s"), ("ttft_ms", "first_token_s")):
+            if key in found:
+                samples[name] = [1000 * value for value in found[key]]
+                metrics |= {f"{name}_p{part}": float(np.percentile(samples[name], part)) for part in (50, 99)}
+        return self._row(racer.subject, "ok", repeat, metrics=metrics, samples=samples, facts=racer.facts)
+
+    def _row(
+        self, subject: Subject, status: Status, repeat: int, *, facts: dict[str, Any] | None = None, **more: Any
+    ) -> Record:
+        return Record(
+            kind=self.kind,
+            case=self.case,
+            subject=subject,
+            status=status,
+            conditions=self._conditions(subject, repeat, facts or {}),
+            provenance=self._provenance,
+            repeat=repeat,
+            **more,
+        )
+
+    def _conditions(self, subject: Subject, repeat: int, facts: dict[str, Any]) -> Conditions:
+        config = self.config
+        cached = config.cache.enable_prefix_caching and subject.engine in ("tessera", "vllm")
+        cold = self._options.warmup == 0 and repeat == 0
+        cache: CacheState = "off" if not cached else "cold" if cold else "warm"
+        info = facts.get("info", {})
+        ours = ("page_size", "num_pages", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
+        settings = {name: info[name] for name in ours if name in info}
+        settings |= {"load_format": config.model.load_format, "ignore_eos": True, **facts.get("settings", {})}
+        return Conditions(
+            model=self.target.name,
+            dtype=self.target.dtype,
+            device=self.target.device,
+            seed=config.model.seed,
+            warmup=f"{self._options.warmup} x the same work" if self._options.warmup else "none",
+            cache=cache,
+            settings=settings | {"order": self._order} | facts.get("versions", {}),
+        )
+
+    def _is_done(self, entrant: Entrant, repeat: int, done: Container[Done]) -> bool:
+        row = self._row(entrant.subject, "failed", repeat, reason="not run")
+        return Done(row.case_key, entrant.subject.label, repeat) in done
+
+
+def _close(racers: Sequence[_Racer]) -> None:
+    for racer in racers:
+        racer.close()

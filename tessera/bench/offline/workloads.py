@@ -1,0 +1,122 @@
+"""Work on fixed token ids: the same prompts and the same output lengths for every engine and every run."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+
+from tessera.bench.offline.options import OfflineOptions
+from tessera.bench.record import Value
+from tessera.errors import ConfigError
+
+MAX_TOKEN_ID = 10_000
+"""Ids are drawn below this, as nano-vllm's and mini-sglang's offline benchmarks do."""
+MAX_LEN = 2**22
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """All the same, or drawn uniformly from low to high, both included."""
+
+    low: int
+    high: int
+
+    def __str__(self) -> str:
+        return str(self.low) if self.low == self.high else f"{self.low}..{self.high}"
+
+    def draw(self, source: random.Random, count: int) -> list[int]:
+        """`count` lengths; where all are the same nothing is drawn."""
+        if self.low == self.high:
+            return [self.low] * count
+        return [source.randint(self.low, self.high) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """So many prompts, so long, with so many tokens to generate from each."""
+
+    name: str
+    num_prompts: int
+    input_len: Lengths
+    output_len: Lengths
+
+    @property
+    def case(self) -> dict[str, Value]:
+        """As a row names it."""
+        return {
+            "workload": self.name,
+            "num_prompts": self.num_prompts,
+            "input_len": str(self.input_len),
+            "output_len": str(self.output_len),
+        }
+
+    @property
+    def max_len(self) -> int:
+        """Longest prompt with its output."""
+        return self.input_len.high + self.output_len.high
+
+    def draw(self) -> tuple[list[list[int]], list[int]]:
+        """(prompts, output lengths), always the same: all input lengths, all output lengths, then all ids."""
+        source = random.Random(0)
+        input_lens = self.input_len.draw(source, self.num_prompts)
+        output_lens = self.output_len.draw(source, self.num_prompts)
+        return [[source.randrange(MAX_TOKEN_ID) for _ in range(length)] for length in input_lens], output_lens
+
+    def check_fits(self, model: str, vocab_size: int, context: int) -> None:
+        """ConfigError where a model has fewer token ids, or a shorter context, than the work takes."""
+        if vocab_size < MAX_TOKEN_ID:
+            raise ConfigError(
+                f"{model} has {vocab_size} token ids, the workloads draw from {MAX_TOKEN_ID}",
+                "give --model one with a larger vocabulary",
+            )
+        if self.max_len > context:
+            raise ConfigError(
+                f"the workload {self.name} needs {self.max_len} tokens a sequence, {model} takes {context}",
+                "use --preset quick, or --num-prompts, --input-len and --output-len that fit",
+            )
+
+
+def _fixed(name: str, num_prompts: int, input_len: int, output_len: int) -> Workload:
+    return Workload(name, num_prompts, Lengths(input_len, input_len), Lengths(output_len, output_len))
+
+
+PRESETS = {
+    workload.name: workload
+    for workload in (
+        _fixed("quick", 8, 64, 16),
+        _fixed("rose", 128, 256, 64),
+        Workload("mini", 256, Lengths(100, 1024), Lengths(100, 1024)),
+        _fixed("single", 1, 128, 512),
+        _fixed("long", 16, 8192, 256),
+    )
+}
+
+
+def workload_of(options: OfflineOptions) -> Workload:
+    """The preset, or the work that the three flags describe; ConfigError for both, or for a part of the latter."""
+    own = {
+        "--num-prompts": options.num_prompts,
+        "--input-len": options.input_len,
+        "--output-len": options.output_len,
+    }
+    given = [flag for flag, value in own.items() if value is not None]
+    if not given:
+        return PRESETS[options.preset or "quick"]
+    if options.preset is not None:
+        raise ConfigError(f"--preset {options.preset} and {given[0]} exclude each other", "leave one of them out")
+    if options.num_prompts is None or options.input_len is None or options.output_len is None:
+        missing = [flag for flag, value in own.items() if value is None]
+        raise ConfigError(f"{given[0]} is given without {' and '.join(missing)}", "give all three, or a --preset")
+    input_len = _lengths("--input-len", options.input_len)
+    return Workload("own", options.num_prompts, input_len, _lengths("--output-len", options.output_len))
+
+
+def _lengths(flag: str, text: str) -> Lengths:
+    found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text.strip())
+    if found is None:
+        raise ConfigError(f"{flag} {text!r} is neither a length nor a range", f"use {flag} 256 or {flag} 100..500")
+    low, high = int(found[1]), int(found[2] or found[1])
+    if not 1 <= low <= high <= MAX_LEN:
+        raise ConfigError(f"{flag} {text} does not go up from 1 to {MAX_LEN} at most", f"use {flag} 100..500")
+    return Lengths(low, high)

@@ -1,0 +1,1 @@
+"""`tessera bench online`: a trace of requests replayed in an open loop."""

@@ -1,0 +1,1 @@
+"""`tessera bench quality`: what a backend does to the answers."""

@@ -1,0 +1,1 @@
+"""What benchmarks of servers share: servers, prompts, the client and its latencies."""

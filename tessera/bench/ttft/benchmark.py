@@ -1,0 +1,186 @@
+"""First-token latency in four bars: network, a simple kernel, fast kernels, and those with a warm prefix cache."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from tessera.bench.api.load import cached_tokens, memory, round_trips_ms, wrong_lengths
+from tessera.bench.benchmark import Done
+from tessera.bench.provenance import Provenance, provenance
+from tessera.bench.record import Conditions, Kind, Record, Subject, Value
+from tessera.bench.served.client import Call, Load, closed_loop
+from tessera.bench.served.latency import failures, ttft_ms
+from tessera.bench.served.prompts import Prompts, prompts_for
+from tessera.bench.served.servers import Server
+from tessera.bench.ttft.bars import NETWORK_PATH, Bar, Model, Stage, cache_problem
+from tessera.bench.ttft.options import TtftOptions
+from tessera.errors import TesseraError
+
+FIELDS = {"temperature": 0, "ignore_eos": True}
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A server that is up."""
+
+    server: Server
+    model: str
+    subject: Subject
+    conditions: Conditions
+    prompts: Prompts
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A row to be."""
+
+    model: Model
+    stage: Stage
+    bar: Bar
+    num_tokens: int
+    repeat: int
+
+    @property
+    def case(self) -> dict[str, Value]:
+        """As a Record has it: the bars of one are compared with one another."""
+        return {"model": self.model.name, "prompt_tokens": self.num_tokens}
+
+    @property
+    def salt(self) -> tuple[object, ...]:
+        """What tells its prompts from those of other rows."""
+        return self.model.name, self.bar.label, self.repeat
+
+
+class TtftBenchmark:
+    """Every bar of every model with every length of prompt, `options.repeats` times.
+
+    A server is started for each repeat and each setting that its bars need (the network and the naive bar share one),
+    is alone on the machine, and is stopped after it; every second repeat takes them in reverse order. A row is the
+    median of `options.requests` requests for one token, one after another on one connection; one more, before the
+    clock, warms up. Prompts are new each time, but for the bar with the warm cache, whose prompt is the warm-up's; a
+    row of it in which a prompt was not found in the cache is failed, and so is one of another in which one was.
+    """
+
+    kind: Kind = "ttft"
+
+    def __init__(
+        self, models: Sequence[Model], options: TtftOptions, *, seed: int = 0, command: str | None = None
+    ) -> None:
+        self.models, self.options = models, options
+        self._seed, self._command = seed, command
+        self._provenance: Provenance | None = None
+
+    @property
+    def num_records(self) -> int:
+        """One a model, bar, length and repeat."""
+        num_bars = sum(len(stage.bars) for model in self.models for stage in model.stages)
+        return num_bars * len(self.options.lengths) * self.options.repeats
+
+    def records(self, done: Container[Done] = ()) -> Iterator[Record]:
+        """Measure and yield row by row."""
+        self._provenance = self._provenance or provenance(self._command)
+        for repeat in range(self.options.repeats):
+            step = -1 if repeat % 2 else 1
+            for model in self.models:
+                for stage in model.stages[::step]:
+                    jobs = [
+                        _Job(model, stage, bar, num_tokens, repeat)
+                        for num_tokens in self.options.lengths[::step]
+                        for bar in stage.bars[::step]
+                    ]
+                    jobs = [
+                        job for job in jobs if Done(self._failed(job, "-").case_key, job.bar.label, repeat) not in done
+                    ]
+                    if jobs:
+                        yield from self._of(stage, jobs)
+
+    def _of(self, stage: Stage, jobs: Sequence[_Job]) -> Iterator[Record]:
+        """The rows of one server."""
+        if stage.target.reasons:
+            for job in jobs:
+                yield replace(self._failed(job, "; ".join(stage.target.reasons)), status="unavailable")
+            return
+        left = list(jobs)
+        try:
+            server, subject = stage.target.start()
+            with server:
+                running = self._prepared(server, subject)
+                while left:
+                    row = self._measured(running, left[0])
+                    left.pop(0)
+                    yield row
+        except TesseraError as error:
+            for job in left:
+                yield self._failed(job, str(error).replace("\n\n", " "))
+
+    @property
+    def _where(self) -> Provenance:
+        assert self._provenance
+        return self._provenance
+
+    def _settings(self) -> dict[str, Value]:
+        return FIELDS | {
+            "max_tokens": 1,
+            "requests": self.options.requests,
+            "timeout_s": self.options.request_timeout,
+            "order": "servers and lengths reversed every second repeat",
+        }
+
+    def _failed(self, job: _Job, reason: str) -> Record:
+        """A row without figures, of a server of which nothing is known."""
+        conditions = Conditions(model=job.model.name, seed=self._seed, settings=self._settings())
+        subject = Subject(job.bar.label, asked={} if job.bar.is_network else job.stage.target.wanted.asked)
+        return Record(self.kind, job.case, subject, "failed", conditions, self._where, job.repeat, reason=reason)
+
+    def _prepared(self, server: Server, subject: Subject) -> _Running:
+        model, info, settings = server.model, server.info, self._settings()
+        assert info  # ours tell
+        names = ("page_size", "num_pages", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
+        settings |= {name: getattr(info, name) for name in names}
+        conditions = Conditions(model, info.dtype, info.device, self._seed, settings=settings)
+        return _Running(server, model, subject, conditions, asyncio.run(prompts_for(server, model)))
+
+    def _measured(self, running: _Running, job: _Job) -> Record:
+        bar = job.bar
+        conditions = replace(
+            running.conditions,
+            cache="warm" if bar.is_warm else "off",
+            warmup="1 request of the same prompt"
+            if bar.is_warm
+            else f"1 request of {'its' if bar.is_network else 'the'} kind",
+        )
+        subject = bar.subject(running.subject)
+        row = Record(self.kind, job.case, subject, "failed", conditions, self._where, job.repeat, reason="-")
+        if bar.is_network:
+            times = asyncio.run(round_trips_ms(running.server, NETWORK_PATH, self.options.requests))
+            return _with(row, times, {})
+        load = self._send(running, job)
+        replies = load.replies[1:]
+        problem = failures(load) or wrong_lengths(replies, job.num_tokens) or cache_problem(bar, replies)
+        if problem:
+            return replace(row, reason=problem)
+        figures = {"cached_prompt_tokens": float(cached_tokens(replies) or 0), "client_cpu": load.client_cpu}
+        return _with(row, [ttft_ms(reply) for reply in replies], figures | memory(running.server))
+
+    def _send(self, running: _Running, job: _Job) -> Load:
+        """The request that warms up, then those that are timed."""
+
+        def call(index: int) -> Call:
+            place = "same" if job.bar.is_warm else index
+            return running.prompts.call(index, job.num_tokens, 1, dict(FIELDS), self._seed, *job.salt, place)
+
+        calls = [call(index) for index in range(self.options.requests + 1)]
+        server, timeout = running.server, self.options.request_timeout
+        return asyncio.run(closed_loop(server.url, running.model, calls, 1, timeout_s=timeout, headers=server.headers))
+
+
+def _with(row: Record, times_ms: Sequence[float], figures: dict[str, float]) -> Record:
+    """The row with its times; failed where a proof does not fit, without which there is no figure."""
+    metrics, samples = {"ttft_ms": statistics.median(times_ms)} | figures, [round(value, 4) for value in times_ms]
+    try:
+        return replace(row, status="ok", reason="", metrics=metrics, samples={"ttft_ms": samples})
+    except ValueError as error:
+        return replace(row, reason=str(error))

@@ -1,0 +1,93 @@
+"""Compare two result files: what became better, what worse, what is noise.
+
+Exit code 0: no regression. 1: something is worse, significantly and by more than the threshold. 2: wrong usage, or
+files that must not be compared. Repeats are pairs where the runs of the two files took turns (A, B, A, B, ...);
+otherwise drift of the machine between the two counts as a difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from tessera.commands.flags import Parser
+from tessera.commands.table import render
+from tessera.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tessera.bench.diff import Change, Difference
+
+
+def add_flags(parser: Parser) -> None:
+    """The files, and what counts as worse."""
+    parser.add_argument("before", type=Path, metavar="A.jsonl", help="The older rows: a file, or a folder of them.")
+    parser.add_argument("after", type=Path, metavar="B.jsonl", help="The newer rows.")
+    parser.add_argument(
+        "--threshold", type=float, default=0.03, help="Ratios nearer to 1 than this are no difference. Default: 0.03."
+    )
+    parser.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="Only this metric; may be repeated; `all` for every one. Left out: those that a report speaks of.",
+    )
+    parser.add_argument(
+        "--across-machines", action="store_true", help="Compare although machine, model or dtype differ."
+    )
+    parser.add_argument("--json", action="store_true", help="One JSON object with every change.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare and print."""
+    if not 0 <= args.threshold < 1:
+        raise ConfigError(f"--threshold {args.threshold:g} is not between 0 and 1", "use 0.03 for 3%")
+    from tessera.bench.options import require
+
+    require("scipy", "bench", "a comparison")
+    from tessera.bench.diff import difference
+    from tessera.bench.record import read
+
+    before, after = read(args.before), read(args.after)
+    found = difference(
+        before, after, threshold=args.threshold, metrics=args.metric, across_machines=args.across_machines
+    )
+    if args.json:
+        fields = {**msgspec.to_builtins(found), "regressions": len(found.regressions)}
+        sys.stdout.write(msgspec.json.encode(fields).decode() + "\n")
+    else:
+        sys.stdout.write(_text(found, args.threshold))
+    return 1 if found.regressions else 0
+
+
+def _text(found: Difference, threshold: float) -> str:
+    cells = [_cells(change) for change in sorted(found.changes, key=lambda change: change.ratio or 1.0)]
+    head = ("benchmark", "case", "subject", "metric", "before", "after", "times better", "95% interval", "verdict")
+    lines = [render([head, *cells], indent=""), ""]
+    for what, missing in (("first", found.only_before), ("second", found.only_after)):
+        lines += [f"only in the {what} file: {each}" for each in missing]
+    few = sum(change.outcome == "too few repeats" for change in found.changes)
+    if few:
+        lines.append(f"{few} of {len(found.changes)} have fewer than 3 repeats and were not judged")
+    how = (
+        "pairs of repeats"
+        if found.paired
+        else "repeats of two runs, unpaired: drift of the machine between them counts"
+    )
+    number = len(found.regressions)
+    counted = f"{number} regression{'' if number == 1 else 's'}" if number else "no regression"
+    lines.append(f"{counted} beyond {threshold:.1%}; compared as {how}")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(change: Change) -> tuple[str, ...]:
+    from tessera.bench.report.metrics import number
+
+    ratio = f"{change.ratio:.3f}" if change.ratio is not None else "-"
+    interval = f"{change.low:.3f} to {change.high:.3f}" if change.low is not None else "-"
+    values = (number(change.metric, change.before), number(change.metric, change.after))
+    return change.kind, change.case, change.label, change.metric, *values, ratio, interval, change.outcome

@@ -1,0 +1,50 @@
+"""What a machine can do is measured in the run, in units that a person can check."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tessera.bench.kernels import ceilings
+from tessera.bench.kernels.ceilings import Measurement, ceiling_records, ceilings_of, measure_ceilings, num_ceilings
+from tessera.bench.provenance import provenance
+
+
+def test_ceilings_are_plausible_and_found_again() -> None:
+    runs = [measure_ceilings("cpu", [torch.float32]) for _ in range(3)]
+    assert [each.name for each in runs[0]] == ["read", "copy", "gemm"]
+    for each in zip(*runs):
+        found = sorted(measurement.per_second for measurement in each)
+        assert min(found[1] / found[0], found[2] / found[1]) < 2, "no two of three agree within a factor of 2"
+    read, copy, gemm = runs[0]
+    assert 1e9 < read.per_second < 1e13 and 1e9 < copy.per_second < 1e13
+    assert 1e9 < gemm.per_second < 1e16
+
+
+def test_the_best_call_counts_and_a_copy_moves_both_ways() -> None:
+    assert Measurement("gemm", "float32", 2e9, [4.0, 2.0, 3.0]).per_second == 1e12
+    assert Measurement("gemm", "float32", 2e9, [2.0]).metric == ("tflop_s", 1.0)
+    assert Measurement("read", "float32", 4e9, [1.0]).metric == ("tb_s", 4.0)
+    read, copy = ceilings._moves("cpu")
+    assert copy.amount == 2 * read.amount == 2 * ceilings.MOVE_BYTES["cpu"]
+
+
+def test_on_a_cpu_a_dtype_that_is_slower_than_float32_is_not_the_ceiling() -> None:
+    slow, fast = Measurement("gemm", "float16", 1e9, [10.0]), Measurement("gemm", "float32", 1e9, [1.0])
+    moves = [Measurement("read", "float32", 1e9, [2.0]), Measurement("copy", "float32", 1e9, [1.0])]
+    assert ceilings_of([*moves, slow, fast], "float16").flop_s == 1e12
+    assert ceilings_of([*moves, slow], "float16").flop_s == 1e11
+    assert ceilings_of([*moves, slow], "float16").bytes_s == 1e12
+
+
+def test_each_ceiling_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ceilings.GEMM_SIZE, "cpu", 64)
+    monkeypatch.setitem(ceilings.MOVE_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(ceilings.SECONDS, "cpu", 0.0)
+    dtypes = [torch.bfloat16, torch.float16]
+    measured = measure_ceilings("cpu", dtypes)
+    rows = list(ceiling_records(measured, "cpu", provenance("test")))
+    assert len(rows) == num_ceilings("cpu", dtypes) == 5
+    assert [row.case["dtype"] for row in rows[2:]] == ["bfloat16", "float16", "float32"]
+    assert all(row.kind == "ceiling" and len(row.samples["ms"]) >= 3 for row in rows)
+    assert len({row.case_key for row in rows}) == 5

@@ -1,0 +1,163 @@
+"""`tessera bench kernels` as a user meets it: tables or JSON on stdout, rows on disk, refusals in a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tessera import cli
+from tessera.attention.contract import Phase
+from tessera.bench.kernels.benchmark import KernelBenchmark
+from tessera.bench.kernels.cases import Heads, KernelCase, Part, parse_workload
+from tessera.bench.kernels.ceilings import Measurement, ceiling_records
+from tessera.bench.kernels.tables import kernel_name, tables
+from tessera.bench.provenance import provenance
+from tessera.bench.record import Conditions, Record, Subject, Value, read
+from tessera.types import AttentionProof, KernelUse
+
+SMALL = ("--workloads", "2q32,q20_2q1s40", "--repeats", "2", "--device", "cpu", "--dtypes", "float32")
+
+
+def test_tables_are_printed_and_rows_appended(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", "tessera.cli", "bench", "kernels", "--backends", "naive,torch_sdpa:flash,triton"]
+    done = subprocess.run(
+        [*command, *SMALL, "--out", str(out)], capture_output=True, text=True, timeout=120, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr
+    assert "prefill 2q32, heads 9/3/64, float32, pages of 16, bound by" in done.stdout
+    assert "decode+prefill 2q1s40_q20, heads 9/3/64" in done.stdout
+    assert "4/6 runs succeeded" in done.stdout and "device cpu not in ('cuda',)" in done.stdout
+    assert "flash_attention_for_cpu" in done.stdout and "of ceiling" in done.stdout
+    assert f"rows appended to {out}" in done.stdout
+    rows = read(out)
+    assert [row.kind for row in rows] == ["ceiling"] * 3 + ["kernels"] * 6
+    assert all(row.provenance.command.startswith("tessera bench kernels --backends naive") for row in rows)
+    assert {row.conditions.seed for row in rows} == {0}
+
+
+def test_json_is_one_object_a_row_and_a_failed_row_is_the_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KernelBenchmark._problems.__globals__, "MEMORY_SHARE", 0.0)
+    code = cli.main(
+        ["bench", "kernels", "--json", "--backends", "naive", *SMALL, "--out", str(tmp_path / "rows.jsonl")]
+    )
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert code == 1
+    assert [row["status"] for row in rows] == ["ok"] * 3 + ["failed"] * 2
+    assert rows[-1]["case"]["workload"] == "2q1s40_q20" and "MemoryError" in rows[-1]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--backends", "auto"], "auto is no attention backend"),
+        (["--workloads", "2q"], "workload '2q' is not a batch"),
+        (["--heads", "3"], "--heads has '3'"),
+        (["--dtypes", "int8"], "--dtypes has 'int8'"),
+        (["--phases", "encode"], "--phases has 'encode'"),
+        (["--page-size", "0"], "page_size must be a whole number from 1 to 4096, got 0"),
+        (["--window", "0"], "window must be"),
+        (["--soft-cap", "0"], "soft_cap must be"),
+        (["--repeats", "0"], "repeats must be"),
+        (["--seed", "-1"], "seed must be"),
+        (["--preset", "all"], "invalid choice: 'all'"),
+        (["--out", "rows.txt"], "--out rows.txt does not end in .jsonl"),
+        (["--attention", "naive"], "unknown flag '--attention'"),
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--graph"], "--graph asks for CUDA graphs"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence_with_a_hint(
+    args: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "kernels", "--device", "cpu", *args]) == (1 if "--model" in args else 2)
+    captured = capsys.readouterr()
+    assert said in captured.err and "hint: " in captured.err and not captured.out
+
+
+def row(label: str, ms: float, workload: str = "q64") -> Record:
+    """As measured; `ms` 0 for a failed one."""
+    (proof,) = [AttentionProof("prefill", label, None, [KernelUse("aten::bmm", 1, 1.0)], None, "1 x 64", {}, "cpu")]
+    case: dict[str, Value] = {"phase": "prefill", "workload": workload, "heads": "4/2/32", "dtype": "float32"}
+    case |= {"mode": "engine", "page_size": 16}
+    if not ms:
+        return Record("kernels", case, Subject(label), "failed", Conditions(), provenance("test"), reason="no tile")
+    metrics = {"ms_median": ms, "ms_std": 0.1, "tok_s": 5.0, "tflop_s": 1.0, "tb_s": 0.5, "ceiling_share": 0.25}
+    return Record(
+        "kernels",
+        case,
+        Subject(label, asked={"prefill": label}, resolved={"prefill": [label]}, proofs=[proof]),
+        "ok",
+        Conditions(settings={"bound": "compute", "timed_as": "eager"}),
+        provenance("test"),
+        metrics=metrics | {"plan_ms": 0.1},
+    )
+
+
+def test_the_fastest_stands_first_and_the_summary_counts_wins_ratios_and_failures() -> None:
+    rows = [row("a", 4.0), row("b", 2.0), row("c", 0), row("a", 3.0, "q128"), row("b", 12.0, "q128")]
+    first, second, summary, outcome = tables(rows)
+    assert [line[0] for line in first.rows] == ["backend", "b", "a", "c"]
+    assert [line[0] for line in second.rows] == ["backend", "a", "b"]
+    assert first.rows[1][1:6] == ("2.00 ± 0.100", "5", "1.00", "500", "25.0%") and first.rows[0][4] == "GB/s"
+    assert summary.rows[1:] == [
+        ("a", "1", "1.41", "2 of 2"),  # sqrt(2 x 1)
+        ("b", "1", "2.00", "2 of 2"),  # sqrt(1 x 4)
+        ("c", "0", "-", "0 of 1"),
+    ]
+    assert outcome.title == "4/5 runs succeeded"
+    assert outcome.lines == ["failed in prefill q64 4/2/32 float32: c: no tile"]
+
+
+def test_what_the_machine_can_do_stands_above() -> None:
+    measured = [Measurement("read", "float32", 44e9, [1000.0]), Measurement("gemm", "bfloat16", 9e11, [1000.0])]
+    (table, _) = tables(list(ceiling_records(measured, "cpu", provenance("test"))))
+    assert table.title.endswith("measured: read 44.0 GB/s, product of matrices in bfloat16 0.9 TFLOP/s")
+
+
+@pytest.mark.parametrize(
+    ("symbol", "short"),
+    [
+        ("aten::bmm", "aten::bmm"),
+        ("void pytorch_flash::flash_fwd_kernel<pytorch_flash::Traits<64, 128>, true>(Params)", "flash_fwd_kernel"),
+        (
+            "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<flash::Mainloop<2>>>>(P)",
+            "FlashAttnFwdSm90",
+        ),
+        ("paged_decode_kernel", "paged_decode_kernel"),
+        (
+            "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7",
+            "cudnn_generated_fort_n..h_fprop_wgmma_f16_knob_7",
+        ),
+    ],
+)
+def test_a_kernels_short_name_still_tells_whose_it_is(symbol: str, short: str) -> None:
+    assert kernel_name(symbol) == short
+
+
+def test_a_graph_is_refused_by_name_where_a_backend_allows_none() -> None:
+    part = Part(Phase.DECODE, parse_workload("2q1s40"))
+    case = KernelCase((part,), Heads(4, 2, 32), "float32", 16, mode="graph")
+    benchmark = KernelBenchmark([case], backends="naive", device="cpu")
+    row = list(benchmark.records())[-1]
+    assert (row.status, row.reason) == ("unavailable", "decode: allows no CUDA graph, and --graph asks for one")
+
+
+def test_the_threads_that_are_asked_for_compute_and_are_recorded(tmp_path: Path) -> None:
+    out, before = tmp_path / "rows.jsonl", torch.get_num_threads()
+    try:
+        flags = ["--cpu-threads", "1", "--seed", "3", "--repeats", "1", "--workloads", "q1s20", "--device", "cpu"]
+        assert cli.main(["bench", "kernels", "--backends", "naive", *flags, "--out", str(out)]) == 0
+    finally:
+        torch.set_num_threads(before)
+    (found,) = (row for row in read(out) if row.kind == "kernels")
+    assert found.conditions.settings["threads"] == 1 and found.conditions.seed == 3
+    assert len(found.samples["ms"]) == 1

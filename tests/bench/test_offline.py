@@ -1,0 +1,133 @@
+"""Offline throughput: subjects take turns, every fault of one is its own row, and figures are what was measured."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from offline_fakes import benchmark, fake
+from tessera import cli
+from tessera.bench.benchmark import Done
+from tessera.bench.offline.results import reasons, table, write_results
+from tessera.bench.offline.worker_process import WorkerProcess
+from tessera.bench.record import read
+
+
+def test_subjects_take_turns_and_the_order_turns_round(tmp_path: Path) -> None:
+    rows = list(benchmark([fake(tmp_path, "a"), fake(tmp_path, "b"), fake(tmp_path, "c")]).records())
+    assert [row.subject.label for row in rows] == list("abccbaabc")
+    assert [row.repeat for row in rows] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_one_at_a_time_runs_all_repeats_of_one_before_the_next(tmp_path: Path) -> None:
+    rows = list(benchmark([fake(tmp_path, "a"), fake(tmp_path, "b")], 2, one_at_a_time=True).records())
+    assert [row.subject.label for row in rows] == list("aabb")
+
+
+def test_figures_follow_from_seconds_and_counted_tokens(tmp_path: Path) -> None:
+    (row,) = benchmark([fake(tmp_path, "a")], 1, warmup=2).records()
+    found = row.metrics
+    assert (found["seconds"], found["req_s"], found["output_tok_s"], found["total_tok_s"]) == (0.5, 4, 12, 32)
+    assert found["warmup_seconds"] == 1.0 and row.conditions.warmup == "2 x the same work"
+    assert found["latency_ms_p50"] == 500 and found["peak_memory_bytes"] == 1000
+    assert row.conditions.cache == "off" and row.conditions.settings["fake"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        ("outputs[1].pop()", "6 tokens were asked for, 2 with 5 came back"),
+        ("outputs.pop()", "1 with 3 came back"),
+        ("prompts = prompts[:1]", "10 prompt tokens were sent, 5 were computed"),
+        ("raise RuntimeError('no luck')", "RuntimeError: no luck"),
+        ("sys.stderr.write('last words\\n'); sys.stderr.flush(); os._exit(3)", "exit code 3 in run; it wrote: "),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL in run, which is how a system ends a process"),
+        ("time.sleep(60)", "run took longer than 2 s"),
+    ],
+)
+def test_a_fault_is_a_failed_row_and_the_others_go_on(tmp_path: Path, run: str, words: str) -> None:
+    bad = fake(tmp_path, "bad", run=f"\n        if self.passes == 3:\n            {run}")
+    rows = list(benchmark([bad, fake(tmp_path, "good")], 3, pass_timeout=2.0).records())
+    assert [row.status for row in rows if row.subject.label == "good"] == ["ok"] * 3
+    of_bad = [row for row in rows if row.subject.label == "bad"]
+    assert [row.status for row in of_bad] == ["ok", "failed", "failed"]
+    assert all(words in row.reason and not row.metrics for row in of_bad[1:]), of_bad[1].reason
+
+
+def test_a_start_that_fails_gives_failed_rows_with_its_reason(tmp_path: Path) -> None:
+    rows = list(benchmark([fake(tmp_path, "bad", load="raise ValueError('bad option')")], 2).records())
+    assert [(row.status, row.reason) for row in rows] == [("failed", "ValueError: bad option")] * 2
+
+
+def test_too_little_memory_for_all_means_one_at_a_time_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    holds = f"open({str(tmp_path / 'held')!r}, 'w').close(); import atexit; "
+    holds += f"atexit.register(os.remove, {str(tmp_path / 'held')!r})"
+    wants = f"\n        if os.path.exists({str(tmp_path / 'held')!r}): raise RuntimeError('CUDA out of memory')"
+    logging.getLogger("tessera").addHandler(caplog.handler)
+    rows = list(benchmark([fake(tmp_path, "a", load=holds), fake(tmp_path, "b", load=wants)], 2).records())
+    assert [(row.subject.label, row.status) for row in rows] == [("a", "ok")] * 2 + [("b", "ok")] * 2
+    assert "memory does not hold b beside the others" in caplog.text
+    assert {row.conditions.settings["order"] for row in rows} == {"one at a time"}
+
+
+def test_rows_that_are_there_are_left_out(tmp_path: Path) -> None:
+    made = benchmark([fake(tmp_path, "a"), fake(tmp_path, "b")], 2)
+    done = [Done(row.case_key, row.subject.label, row.repeat) for row in made.records()][:3]
+    again = benchmark([fake(tmp_path, "a"), fake(tmp_path, "b", load="raise ValueError")], 2)
+    assert [(row.subject.label, row.repeat) for row in again.records(done)] == [("a", 1)]
+
+
+def test_an_idle_worker_does_not_compute_and_ends_with_its_parent(tmp_path: Path) -> None:
+    worker = WorkerProcess(fake(tmp_path, "a").command, 30)
+    worker.ask("load", settings={})
+    process = psutil.Process(worker.pid)
+    before = process.cpu_times()
+    time.sleep(0.5)
+    after = process.cpu_times()
+    assert after.user + after.system - before.user - before.system <= 0.05
+    os.close(worker._process.stdin.fileno())  # type: ignore[union-attr]
+    assert process.wait(10) == 0
+
+
+def test_the_ratio_is_paired_by_repeat_with_its_spread(tmp_path: Path) -> None:
+    slow = fake(tmp_path, "slow", run="seconds = [0, 9.0, 1.0, 0.5][self.passes]")
+    made = benchmark([fake(tmp_path, "a"), slow, fake(tmp_path, "bad", run="raise ValueError('x')")], 2)
+    rows = list(made.records())
+    head, first, second = table(rows, made.labels)
+    assert first[head.index("against the first")] == "1.00x (1.00..1.00)"
+    assert second[head.index("against the first")] == "0.75x (0.50..1.00)"
+    assert reasons(rows) == ["bad failed: ValueError: x"]
+    write_results(tmp_path / "results.json", rows, made.labels)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert [entry["status"] for entry in written["subjects"]] == ["ok", "ok", "failed"]
+    assert written["subjects"][1]["wall_seconds"] == {"warmup": 9.0, "passes": [1.0, 0.5]}
+    assert written["provenance"]["versions"]["torch"]
+
+
+def test_real_backends_and_transformers_from_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--backends torch_sdpa,flashinfer:fa2 --peer hf,vllm --peer-option hf:batch_size=2 --repeats 2 --warmup 0"
+    flags += " --num-prompts 3 --input-len 8..12 --output-len 2..4 --temperature 0 --dtype float32 --cpu-threads 1"
+    out = tmp_path / "rows.jsonl"
+    assert cli.main(["bench", "offline", *flags.split(), "--out", str(out)]) == 0
+    rows = read(out)
+    ours = [row for row in rows if row.subject.label == "torch_sdpa"]
+    theirs = [row for row in rows if row.subject.label == "hf"]
+    assert [row.status for row in ours + theirs] == ["ok"] * 4
+    assert {proof.phase for proof in ours[0].subject.proofs} == {"prefill", "decode"}
+    assert theirs[0].conditions.settings["batch_size"] == 2 and "not proven" in theirs[0].subject.note
+    assert ours[0].metrics["cached_prompt_tokens"] == ours[1].metrics["cached_prompt_tokens"] == 0
+    assert ours[0].conditions.warmup == "none" and len(ours[0].samples["latency_ms"]) == 3
+    absent = {row.subject.label: row.reason for row in rows if row.status == "unavailable"}
+    assert "pip install vllm" in absent["vllm"] and "flashinfer" in absent["flashinfer:fa2"]
+    assert len(rows) == 6
+    said = capsys.readouterr().out
+    assert "torch_sdpa" in said and "vllm unavailable" in said
+    assert json.loads((tmp_path / "offline_results.json").read_text())["case"]["input_len"] == "8..12"

@@ -1,0 +1,171 @@
+"""Peers run by path, without tessera on the way: the same ids in, as many tokens out as asked, no truncation."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tessera.bench.offline import worker as worker_of_ours
+from tessera.bench.offline.entrants import _peer_options
+from tessera.bench.offline.export import folder_of
+from tessera.bench.offline.peers import serve
+from tessera.bench.offline.worker_process import WorkerError, WorkerProcess
+from tessera.config import ModelConfig
+from tessera.model.source import find_model
+
+PEERS = Path(serve.__file__).parent
+PROMPTS = [[1, 2, 3, 4, 5], [9, 8], [100, 200, 300]]
+OUTPUT_LENS = [3, 5, 4]
+
+VLLM = """
+__version__ = "0.24.0"
+given = {}
+
+class SamplingParams:
+    def __init__(self, **fields):
+        assert fields.keys() == {"temperature", "ignore_eos", "max_tokens", "detokenize"}, fields
+        assert fields["ignore_eos"] is True and fields["detokenize"] is False and fields["temperature"] == 0.6
+        self.__dict__.update(fields)
+
+class LLM:
+    def __init__(self, model, dtype, load_format, max_model_len, enable_prefix_caching, seed, skip_tokenizer_init,
+                 **more):
+        assert (dtype, load_format, skip_tokenizer_init, enable_prefix_caching) == ("bfloat16", "dummy", True, False)
+        assert more == {"gpu_memory_utilization": 0.5}, more
+        print("vllm prints to stdout")
+
+    def generate(self, prompts, sampling_params, use_tqdm):
+        from types import SimpleNamespace as Made
+        return [Made(prompt_token_ids=prompt["prompt_token_ids"], outputs=[Made(token_ids=[1] * params.max_tokens)])
+                for prompt, params in zip(prompts, sampling_params)]
+"""
+
+LLAMA_CPP = """
+# The part of llama-cpp-python 0.3.36's low-level API that is used: names, argument order, fields.
+__version__ = "0.3.36"
+from types import SimpleNamespace as Made
+import collections
+
+class Params:
+    def __init__(self): self.n_batch = 4
+class ModelParams(Params):
+    _fields_ = [("n_gpu_layers", int), ("use_mmap", bool)]
+class ContextParams(Params):
+    _fields_ = [("n_ctx", int), ("n_batch", int), ("n_seq_max", int), ("n_threads", int)]
+
+class Batch:
+    def __init__(self, size):
+        self.size, self.n_tokens = size, 0
+        self.token, self.pos, self.n_seq_id, self.logits = ([0] * size for _ in range(4))
+        self.seq_id = [[0] for _ in range(size)]
+
+seen = collections.defaultdict(list)
+outputs = set()
+def llama_backend_init(): pass
+def llama_model_default_params(): return ModelParams()
+def llama_context_default_params(): return ContextParams()
+def llama_model_load_from_file(path, params): assert isinstance(path, bytes); return Made(params=params)
+def llama_init_from_model(model, params): return Made(params=params)
+def llama_batch_init(n_tokens, embd, n_seq_max): assert (embd, n_seq_max) == (0, 1); return Batch(n_tokens)
+def llama_get_memory(context): return context
+def llama_memory_clear(memory, data): seen.clear()
+def llama_memory_seq_rm(memory, seq_id, p0, p1): assert (p0, p1) == (-1, -1); seen.pop(seq_id)
+def llama_decode(context, batch):
+    outputs.clear()
+    assert 0 < batch.n_tokens <= batch.size
+    for i in range(batch.n_tokens):
+        slot = batch.seq_id[i][0]
+        assert 0 <= slot < context.params.n_seq_max and batch.n_seq_id[i] == 1
+        assert batch.pos[i] == len(seen[slot]), "a token is computed once, in order"
+        seen[slot].append(batch.token[i])
+        if batch.logits[i]: outputs.add(i)
+    Batch.last = batch
+    return 0
+def llama_sampler_chain_default_params(): return Made()
+def llama_sampler_chain_init(params): return []
+def llama_sampler_chain_add(chain, sampler): chain.append(sampler)
+def llama_sampler_init_temp(t): return ("temp", t)
+def llama_sampler_init_dist(seed): return ("dist", seed)
+def llama_sampler_init_greedy(): return ("greedy",)
+def llama_sampler_free(chain): pass
+def llama_sampler_sample(chain, context, place):
+    assert place in outputs, "only where logits were asked for"
+    assert chain == [("temp", 0.6), ("dist", 7)], chain
+    return len(seen[Batch.last.seq_id[place][0]])
+"""
+
+
+def started(name: str, settings: dict[str, Any], stub: Path | None = None) -> tuple[WorkerProcess, dict[str, Any]]:
+    command = [sys.executable, str(PEERS / "serve.py"), str(PEERS / f"{name}.py")]
+    worker = WorkerProcess(command, 120, {"PYTHONPATH": str(stub)} if stub is not None else None)
+    common = {"dtype": "float32", "device": "cpu", "load_format": "auto", "max_model_len": 32, "seed": 7, "options": {}}
+    return worker, worker.ask("load", settings=common | {"enable_prefix_caching": False} | settings)
+
+
+@pytest.mark.parametrize("path", sorted(PEERS.glob("*.py")), ids=lambda path: path.name)
+def test_peers_import_the_standard_library_only(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert all(name.partition(".")[0] in sys.stdlib_module_names for name in names), names
+
+
+def test_greedy_tokens_of_transformers_on_our_weights_are_ours(tmp_path: Path) -> None:
+    ours = worker_of_ours.Worker()
+    ours.load({"dtype": "float32", "max_model_len": 32, "enable_prefix_caching": False, "attention": "torch_sdpa"})
+    expected = ours.run(PROMPTS, OUTPUT_LENS, 0.0)
+    folder = folder_of(find_model(ModelConfig()), torch.float32, tmp_path)
+    worker, facts = started("hf", {"model": str(folder), "options": {"batch_size": 2}})
+    found = worker.ask("run", prompts=PROMPTS, output_lens=OUTPUT_LENS, temperature=0.0)
+    assert found["output_ids"] == expected["output_ids"]
+    assert found["prompt_tokens"] == expected["prompt_tokens"] == 10
+    assert facts["versions"]["transformers"] and worker.ask("memory")["memory"]["host"] > 2**28
+    first, last = found["latencies_s"][0], found["latencies_s"][2]
+    assert first == found["latencies_s"][1] < last <= found["seconds"], "a request ends with its batch"
+    worker.close()
+
+
+def test_vllm_is_called_as_its_api_wants(tmp_path: Path) -> None:
+    (tmp_path / "vllm.py").write_text(VLLM)
+    settings = {"model": "x", "dtype": "bfloat16", "load_format": "dummy", "options": {"gpu_memory_utilization": 0.5}}
+    worker, facts = started("vllm", settings, tmp_path)
+    assert facts["versions"]["vllm"] == "0.24.0" and facts["settings"]["gpu_memory_utilization"] == 0.5
+    found = worker.ask("run", prompts=PROMPTS, output_lens=OUTPUT_LENS, temperature=0.6)
+    assert [len(output) for output in found["output_ids"]] == OUTPUT_LENS and found["prompt_tokens"] == 10
+    worker.close()
+
+
+def test_llamacpp_fills_batches_and_computes_every_token_once(tmp_path: Path) -> None:
+    (tmp_path / "llama_cpp.py").write_text(LLAMA_CPP)
+    worker, _ = started("llamacpp", {"model": "x.gguf", "options": {"n_parallel": 2, "n_threads": 1}}, tmp_path)
+    for _ in range(2):
+        found = worker.ask("run", prompts=PROMPTS, output_lens=OUTPUT_LENS, temperature=0.6)
+        # the stub answers with the number of tokens it holds: the prompt's, then one more each time
+        expected = [[len(p) + n for n in range(length)] for p, length in zip(PROMPTS, OUTPUT_LENS)]
+        assert found["output_ids"] == expected
+    worker.close()
+
+
+def test_a_parameter_that_llamacpp_has_not_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "llama_cpp.py").write_text(LLAMA_CPP)
+    with pytest.raises(WorkerError, match=r"llama\.cpp has no parameter no_such"):
+        started("llamacpp", {"model": "x.gguf", "options": {"no_such": 1}}, tmp_path)
+
+
+def test_a_peer_that_is_not_installed_says_where(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match="vllm is not installed in") as refused:
+        started("vllm", {"model": "x"}, tmp_path)
+    assert refused.value.unavailable
+
+
+def test_options_of_peers_keep_their_types() -> None:
+    text = "vllm:gpu_memory_utilization=0.5, vllm:enforce_eager=true,hf:attn_implementation=eager"
+    assert _peer_options(text, ["vllm", "hf"]) == {
+        "vllm": {"gpu_memory_utilization": 0.5, "enforce_eager": True},
+        "hf": {"attn_implementation": "eager"},
+    }
