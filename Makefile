@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test lint parity bench-cpu clean
+.PHONY: help setup demo compare docs test lint parity bench-cpu clean
 
 help:           ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -23,6 +23,9 @@ $(READY): pyproject.toml constraints.txt requirements-model.txt
 
 demo: $(READY)  ## Serve the real model, ask it three questions at once, show speed and attention backends
 	$(BIN)/python examples/demo.py
+
+compare: $(READY) ## Every attention backend that can serve here, from one kernel to a served request: results/*/report.html
+	$(BIN)/tessera bench compare
 
 test: $(READY) lint ## Check style, types and layers, then run every test (no GPU, no network)
 	$(BIN)/python -m pytest

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from tessera.bench.provenance import command_line, commit
+from tessera.bench.provenance import Provenance, command_line, commit
 from tessera.bench.record import Kind, Record, append, read
 
 
@@ -46,7 +46,7 @@ def measure(benchmark: Benchmark, path: Path, *, resume: bool = False) -> Iterat
     before = _rows_of_this_command(path) if resume else []
     yield from before
     for measured in benchmark.records({Done(row.case_key, row.subject.label, row.repeat) for row in before}):
-        record = _as_of_run(measured, before[-1].provenance.run) if before else measured
+        record = _continued(measured, before[-1].provenance) if before else measured
         append(path, [record])
         yield record
 
@@ -76,8 +76,9 @@ def _without_resume(command: str) -> str:
     return " ".join(word for word in command.split() if word != "--resume")
 
 
-def _as_of_run(record: Record, run: str) -> Record:
-    return replace(record, provenance=replace(record.provenance, run=run))
+def _continued(record: Record, begun: Provenance) -> Record:
+    """As of the run that was begun before: reports compare what one command measured in one run."""
+    return replace(record, provenance=replace(record.provenance, run=begun.run, command=begun.command))
 
 
 class _Progress:
