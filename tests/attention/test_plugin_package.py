@@ -130,3 +130,14 @@ def test_the_guide_shows_the_backend_as_it_is() -> None:
     guide = (ROOT / "docs" / "WRITE_A_BACKEND.md").read_text()
     assert (PACKAGE / NAME / "backend.py").read_text().strip() in guide
     assert '[project.entry-points."tessera.attention"]\n' in guide
+
+
+def test_the_example_is_benchmarked_beside_ours(installed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "kernels.jsonl"
+    small = ("--workloads", "q32,2q1s48", "--dtypes", "float32", "--repeats", "2", "--json", "--out", str(out))
+    done = tessera(installed, "bench", "kernels", "--backends", f"{NAME},naive", *small)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    ours = [row for row in rows if row["kind"] == "kernels" and row["subject"]["label"] == NAME]
+    assert [row["status"] for row in ours] == ["ok", "ok"] and all(row["metrics"]["ms_median"] > 0 for row in ours)
+    assert all(proof["backend"] == NAME and proof["symbols"] for row in ours for proof in row["subject"]["proofs"])
