@@ -41,7 +41,7 @@ def _run(argv: list[str]) -> int:
     for name, module in COMMANDS.items():
         text = (module.__doc__ or "").strip()
         commands[name] = subparsers.add_parser(name, help=text.splitlines()[0], description=text)
-        commands[name].add_argument("--log-level", choices=LOG_LEVELS, default="info", help="What goes to stderr.")
+        commands[name].add_argument("--log-level", choices=log.LEVELS, default="info", help="What goes to stderr.")
         commands[name].set_defaults(parser=commands[name])
         module.add_flags(commands[name])
     args, extra = parser.parse_known_args(argv)
@@ -55,9 +55,6 @@ def _run(argv: list[str]) -> int:
     log.set_up(args.log_level)
     code: int = COMMANDS[args.command].run(args)
     return code
-
-
-LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 if __name__ == "__main__":

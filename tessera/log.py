@@ -6,6 +6,7 @@ import logging
 import sys
 
 logger = logging.getLogger("tessera")
+LEVELS = ("debug", "info", "warning", "error")
 
 
 def set_up(level: str = "info") -> None:

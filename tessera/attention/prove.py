@@ -112,8 +112,16 @@ def prove_alone(backend: AttentionBackend[Any], size: Bucket) -> list[KernelUse]
     inputs = make_inputs(backend.phase, shape, size, max_copies=1)
     plan = backend.plan(inputs.batch)
     backend.run(plan, *inputs.copies[0])
-    claim = backend.claim(backend.phase, shape)
-    uses = profile_kernels(lambda: backend.run(plan, *inputs.copies[0]), shape.device_type, claim.must)
+    return prove_call(backend, lambda: backend.run(plan, *inputs.copies[0]))
+
+
+def prove_call(backend: AttentionBackend[Any], call: Callable[[], object]) -> list[KernelUse]:
+    """The kernels of a backend's claim that `call` is seen to launch; it is warm, and runs this backend and no other.
+
+    Raises BackendError as `prove_alone` does.
+    """
+    claim = backend.claim(backend.phase, backend.shape)
+    uses = profile_kernels(call, backend.shape.device_type, claim.must)
     problems = claim_problems(claim, uses) + family_problems(backend.name, uses)
     if backend.name.partition(":")[0] in _LIBRARIES and backend.name not in _PLAIN and not _own(backend.name, uses):
         problems.append(f"no kernel known to be of {backend.name} ran")
@@ -172,12 +180,17 @@ def prove_in_model(
         _refuse(backend, claim, problems, uses)
     total = sum(use.microseconds for use in uses)
     share = sum(use.microseconds for use in claimed.values()) / total if total else 0.0
-    return _proof(bound[0], list(claimed.values()), round(share, 4), size, device)
+    return _proof(bound[0], list(claimed.values()), round(share, 4), size.label, device)
 
 
 def proof_alone(backend: AttentionBackend[Any], size: Bucket, device: str) -> AttentionProof:
     """The proof of a bound backend where no step of the model is at hand; BackendError as for `prove_alone`."""
-    return _proof(backend, prove_alone(backend, size), None, size, device)
+    return proof_of(backend, prove_alone(backend, size), size.label, device)
+
+
+def proof_of(backend: AttentionBackend[Any], uses: list[KernelUse], size: str, device: str) -> AttentionProof:
+    """The proof that kernels, as `prove_call` returns them, are of a call of this size outside a model."""
+    return _proof(backend, uses, None, size, device)
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
@@ -195,7 +208,7 @@ def _version(package: str) -> str:
 
 
 def _proof(
-    backend: AttentionBackend[Any], symbols: list[KernelUse], share: float | None, size: Bucket, device: str
+    backend: AttentionBackend[Any], symbols: list[KernelUse], share: float | None, size: str, device: str
 ) -> AttentionProof:
     return AttentionProof(
         phase=str(backend.phase),
@@ -203,7 +216,7 @@ def _proof(
         variant=backend.name.partition(":")[2] or None,
         symbols=symbols,
         time_share=share,
-        step=size.label,
+        step=size,
         versions=versions_of(backend.packages),
         device=device,
     )

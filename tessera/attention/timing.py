@@ -82,27 +82,27 @@ def time_call(backend: AttentionBackend[Any], inputs: Inputs, *, repeats: int | 
     repeats = repeats or REPEATS[inputs.shape.device_type]
     if inputs.shape.device_type == "cuda":
         return _time_on_cuda(backend, inputs, repeats)
-    plan, plan_ms = _time_plan(lambda: backend.plan(inputs.batch), min(5, repeats))
+    plan, plan_ms = time_plan(lambda: backend.plan(inputs.batch), min(5, repeats))
     run = _runs(backend, plan, inputs)
     run(0)
-    return CallTime(plan_ms, min(_repeat(lambda i: _wall_ms(lambda: run(i)), repeats)))
+    return CallTime(plan_ms, min(_repeat(lambda i: wall_ms(lambda: run(i)), repeats)))
 
 
 def _time_on_cuda(backend: AttentionBackend[Any], inputs: Inputs, repeats: int) -> CallTime:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     if backend.phase is Phase.DECODE and backend.limits[backend.phase].graphs:
         plan = backend.plan_capture(inputs.batch)
-        _, plan_ms = _time_plan(lambda: backend.update_capture(plan, inputs.batch), min(5, repeats))
-        graph = _capture(_runs(backend, plan, inputs), len(inputs.copies))
-        run_ms = statistics.median(_repeat(lambda _: _event_ms(graph.replay, flush), repeats))
+        _, plan_ms = time_plan(lambda: backend.update_capture(plan, inputs.batch), min(5, repeats))
+        graph = capture_runs(_runs(backend, plan, inputs), len(inputs.copies))
+        run_ms = statistics.median(_repeat(lambda _: event_ms(graph.replay, flush), repeats))
         return CallTime(plan_ms, run_ms / len(inputs.copies))
-    plan, plan_ms = _time_plan(lambda: backend.plan(inputs.batch), min(5, repeats))
+    plan, plan_ms = time_plan(lambda: backend.plan(inputs.batch), min(5, repeats))
     run = _runs(backend, plan, inputs)
     run(0)
     torch.cuda.synchronize()
-    launches = _repeat(lambda i: _wall_ms(lambda: run(i)), min(25, 2 * repeats))  # of the host: nothing waits
+    launches = _repeat(lambda i: wall_ms(lambda: run(i)), min(25, 2 * repeats))  # of the host: nothing waits
     torch.cuda.synchronize()
-    on_device = _repeat(lambda i: _event_ms(lambda: run(i), flush), repeats)
+    on_device = _repeat(lambda i: event_ms(lambda: run(i), flush), repeats)
     return CallTime(plan_ms, max(min(launches), statistics.median(on_device)))  # a host is only ever held up
 
 
@@ -116,8 +116,11 @@ def _runs(backend: AttentionBackend[Any], plan: Any, inputs: Inputs) -> Callable
     return run
 
 
-def _capture(run: Callable[[int], Tensor], num_runs: int) -> torch.cuda.CUDAGraph:
-    """One run of each copy as a CUDA graph, replayed once, after two warm-up calls."""
+def capture_runs(run: Callable[[int], object], num_runs: int) -> torch.cuda.CUDAGraph:
+    """One run of each copy as a CUDA graph, replayed once, after two warm-up calls.
+
+    It holds addresses only: whatever `run` reads and writes must be held for as long as it is replayed.
+    """
     graph, _ = capture(partial(_in_turn, run, num_runs), partial(_in_turn, run, 2))
     graph.replay()
     torch.cuda.synchronize()
@@ -129,7 +132,7 @@ def _in_turn(run: Callable[[int], object], times: int) -> None:
         run(number)
 
 
-def _event_ms(call: Callable[[], object], flush: Tensor) -> float:
+def event_ms(call: Callable[[], object], flush: Tensor) -> float:
     """Milliseconds on the device, behind a write that empties its cache and that hides the launch."""
     start, end = make_event(timing=True), make_event(timing=True)
     flush.zero_()
@@ -140,13 +143,14 @@ def _event_ms(call: Callable[[], object], flush: Tensor) -> float:
     return float(start.elapsed_time(end))
 
 
-def _time_plan(plan: Callable[[], Any], repeats: int) -> tuple[Any, float]:
+def time_plan(plan: Callable[[], Any], repeats: int) -> tuple[Any, float]:
     """A plan, and the least milliseconds that making one takes after the first."""
     made = plan()
-    return made, min(_repeat(lambda _: _wall_ms(plan), repeats))
+    return made, min(_repeat(lambda _: wall_ms(plan), repeats))
 
 
-def _wall_ms(call: Callable[[], object]) -> float:
+def wall_ms(call: Callable[[], object]) -> float:
+    """Milliseconds that a call takes on the host."""
     started = time.perf_counter()
     call()
     return (time.perf_counter() - started) * 1000

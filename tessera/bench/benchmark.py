@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from tessera.bench.provenance import Provenance, command_line, commit
-from tessera.bench.record import Kind, Record, append, read
+from tessera.bench.provenance import Provenance, provenance
+from tessera.bench.record import Kind, Record, append, check_writable, read
 
 
 class Done(NamedTuple):
@@ -38,17 +38,24 @@ class Benchmark(Protocol):
 
 
 def measure(benchmark: Benchmark, path: Path, *, resume: bool = False) -> Iterator[Record]:
-    """The rows as they come, every one on disk before it is yielded.
+    """The rows as they come, every one on disk before it is yielded; ConfigError, at once, where none can be.
 
-    With `resume`, what this command, with this code, has written to `path` and did not fail is not measured again but
-    comes first, and the new rows count as of the same run.
+    With `resume`, what this command measured before, with this code and these versions on this machine, is not measured
+    again but comes first, and the new rows say that they continue it.
     """
+    check_writable(path)
     before = _rows_of_this_command(path) if resume else []
     yield from before
-    for measured in benchmark.records({Done(row.case_key, row.subject.label, row.repeat) for row in before}):
-        record = _continued(measured, before[-1].provenance) if before else measured
-        append(path, [record])
-        yield record
+    num_rows = len(before)
+    try:
+        for measured in benchmark.records({Done(row.case_key, row.subject.label, row.repeat) for row in before}):
+            record = _continuing(measured, before[-1].provenance) if before else measured
+            append(path, [record])
+            num_rows += 1
+            yield record
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\ninterrupted: {num_rows} rows are in {path}, the same command with --resume goes on\n")
+        raise
 
 
 def run(benchmark: Benchmark, path: Path, *, resume: bool = False) -> list[Record]:
@@ -62,23 +69,26 @@ def run(benchmark: Benchmark, path: Path, *, resume: bool = False) -> list[Recor
 
 
 def _rows_of_this_command(path: Path) -> list[Record]:
-    """Those of its last run, but for the failed."""
-    if not path.exists():
-        return []
-    command, code = _without_resume(command_line()), commit()
-    rows = [
-        row for row in read(path) if (_without_resume(row.provenance.command), row.provenance.commit) == (command, code)
-    ]
-    return [row for row in rows if row.provenance.run == rows[-1].provenance.run and row.status != "failed"]
+    """Those that are ok, of its last run and of what that continued."""
+    now = provenance()
+    rows = [row for row in read(path) if _made_by(row.provenance) == _made_by(now)]
+    return [row for row in rows if _first_run(row) == _first_run(rows[-1]) and row.status == "ok"]
 
 
-def _without_resume(command: str) -> str:
-    return " ".join(word for word in command.split() if word != "--resume")
+def _made_by(where: Provenance) -> tuple[object, ...]:
+    """All that decides what a row says, but for chance."""
+    command = [word for word in where.command.split() if word != "--resume"]
+    return command, where.commit, where.versions, where.machine
 
 
-def _continued(record: Record, begun: Provenance) -> Record:
-    """As of the run that was begun before: reports compare what one command measured in one run."""
-    return replace(record, provenance=replace(record.provenance, run=begun.run, command=begun.command))
+def _first_run(row: Record) -> str:
+    return row.provenance.continues or row.provenance.run
+
+
+def _continuing(record: Record, begun: Provenance) -> Record:
+    """As of the command that was begun before, whose run it names."""
+    where = replace(record.provenance, continues=begun.continues or begun.run, command=begun.command)
+    return replace(record, provenance=where)
 
 
 class _Progress:

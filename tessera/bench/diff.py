@@ -1,4 +1,8 @@
-"""Two result files against each other: what became better, what worse, what cannot be told from noise."""
+"""Two result files against each other: what became better, what worse, what cannot be told from noise.
+
+Repeats of one run share its process, its memory layout and its hour: how far two runs of one code lie apart is not
+among them. So each run counts once, as the median of its repeats, and fewer than three runs a side are not judged.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,19 @@ from typing import Literal
 from tessera.bench.record import Record
 from tessera.bench.report.compared import HEADLINES
 from tessera.bench.report.metrics import higher_is_better
-from tessera.bench.report.quality import AGREEMENT, AGREEMENT_LOSS, KL_FACTOR, KL_FLOOR, stderr_names
-from tessera.bench.statistics import CONFIDENCE, Comparison, Verdict, block_medians, compare, judged, score_difference
+from tessera.bench.report.quality import (
+    AGREEMENT,
+    AGREEMENT_LOSS,
+    KL_FACTOR,
+    KL_FLOOR,
+    agreement_p_value,
+    disagreements,
+    stderr_names,
+)
+from tessera.bench.statistics import Verdict, compare, holm, median, score_difference
 from tessera.errors import ConfigError
 
-Outcome = Literal["better", "worse", "no difference", "too few repeats", "not judged"]
+Outcome = Literal["better", "worse", "no difference", "too few runs", "not judged"]
 Key = tuple[str, str, str]
 """Kind, case, label."""
 
@@ -23,11 +35,14 @@ DEFAULT_METRICS = {name for names in HEADLINES.values() for name in names} | {
     "kl_mean",
     *AGREEMENT,
 }
+Tested = tuple[float, Outcome]
+"""A p value, and what is said if it is small enough among all others."""
+
 _OUTCOMES: dict[Verdict, Outcome] = {
     "faster": "better",
     "slower": "worse",
     "no difference": "no difference",
-    "too few repeats": "too few repeats",
+    "too few repeats": "too few runs",
 }
 
 
@@ -40,14 +55,15 @@ class Change:
     label: str
     metric: str
     before: float
-    """Mean of the repeats of the first file."""
+    """Mean over the runs of the first file, of each the median of its repeats."""
     after: float
     ratio: float | None
     """How many times better the second is; None where nobody knows which way is better or a value is not positive."""
     low: float | None
     high: float | None
     """95% interval; None where it is not known."""
-    num_repeats: int
+    num_runs: int
+    """Pairs; where unpaired of the side with fewer."""
     outcome: Outcome
 
 
@@ -60,7 +76,7 @@ class Difference:
     """Rows that the second file lacks."""
     only_after: list[str]
     paired: bool
-    """Whether the runs of the two files took turns, so that their repeats are pairs."""
+    """Whether the runs of the two files took turns, so that they are pairs."""
 
     @property
     def regressions(self) -> list[Change]:
@@ -78,10 +94,11 @@ def difference(
 ) -> Difference:
     """Compare what has the same kind, case and label in both; all that is judged is corrected for its number (Holm).
 
-    Repeats are pairs where the runs of the two files took turns (A, B, A, B, ...), as drift then cancels; else Welch's
-    test is used, and drift between the two is part of the difference. `metrics` left out are those that a report
-    speaks of; `all` is every one. ConfigError for files of other machines, models or types, for no common row and for
-    a metric that neither has.
+    Each run is its median, and at least three a side are needed for a verdict. They are pairs where the runs of the two
+    files took turns (A, B, A, B, ...), as drift then cancels; else Welch's test is used, and drift between the two is
+    part of the difference. Answers have no chance in them and are judged from one run. `metrics` left out are those
+    that a report speaks of; `all` is every one. ConfigError for files of other machines, models or types, for no
+    common row and for a metric that neither has.
     """
     a, b = _ok(before), _ok(after)
     shared = [key for key in a if key in b]
@@ -152,12 +169,19 @@ def _is_wanted(kind: str, name: str, metrics: Sequence[str]) -> bool:
     return name in DEFAULT_METRICS or is_score or kind not in (*HEADLINES, "quality")
 
 
+def _run(row: Record) -> str:
+    """A run that was resumed is one."""
+    return row.provenance.continues or row.provenance.run
+
+
 def _take_turns(before: Sequence[Record], after: Sequence[Record]) -> Turns | None:
     """None unless each file has several runs and they alternate in time."""
-    started = {
-        (row.provenance.started, row.provenance.run, side) for side, rows in enumerate((before, after)) for row in rows
-    }
-    order = sorted(started)
+    started: dict[tuple[str, int], str] = {}
+    for side, rows in enumerate((before, after)):
+        for row in rows:
+            key = _run(row), side
+            started[key] = min(row.provenance.started, started.get(key, row.provenance.started))
+    order = sorted((when, *key) for key, when in started.items())
     sides = [side for _, _, side in order]
     alternate = all(x != y for x, y in pairwise(sides))
     runs = {run for _, run, _ in order}
@@ -166,73 +190,67 @@ def _take_turns(before: Sequence[Record], after: Sequence[Record]) -> Turns | No
     return {run: index // 2 for index, (_, run, _) in enumerate(order)}
 
 
+def _medians(name: str, rows: Sequence[Record]) -> dict[str, float]:
+    """Of each run's repeats."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if name in row.metrics:
+            found.setdefault(_run(row), []).append(row.metrics[name])
+    return {run: median(values) for run, values in found.items()}
+
+
 def _change(
     key: Key, name: str, a: Sequence[Record], b: Sequence[Record], turns: Turns | None, threshold: float
-) -> tuple[Change, Comparison | None]:
-    x, y = ([row.metrics[name] for row in rows if name in row.metrics] for rows in (a, b))
+) -> tuple[Change, Tested | None]:
+    """With what is left to be corrected for the number of tests; None for what was not tested."""
+    of_a, of_b = _medians(name, a), _medians(name, b)
+    x, y = list(of_a.values()), list(of_b.values())
     kind, case = key[0], key[1].removeprefix(f"kind={key[0]} ")
     means = sum(x) / len(x), sum(y) / len(y)
     plain = Change(kind, case, key[2], name, *means, None, None, None, min(len(x), len(y)), "not judged")
-    if kind == "quality" and (outcome := _quality_outcome(name, a, b, means)):
-        return replace(plain, outcome=outcome), None
+    if kind == "quality" and (tested := _tested_answers(name, a[-1], b[-1], means)):
+        return plain, tested
     higher = higher_is_better(name)
-    if higher is None or min(*x, *y) <= 0:
+    if higher is None or name in AGREEMENT or min(*x, *y) <= 0:
         return plain, None
-    found = _compared(name, a, b, turns, threshold, higher)
-    known = found.verdict != "too few repeats"
+    both = sorted({turns[run] for run in of_a} & {turns[run] for run in of_b}) if turns else []
+    if turns and both:
+        x, y = ([{turns[run]: value for run, value in found.items()}[turn] for turn in both] for found in (of_a, of_b))
+    found = compare(y, x, paired=bool(both), higher_is_better=higher, threshold=threshold)
+    outcome = _OUTCOMES[found.verdict]
+    known = outcome != "too few runs"
     low, high = (found.low, found.high) if known else (None, None)
-    return replace(plain, ratio=found.ratio, low=low, high=high), found
+    change = replace(plain, ratio=found.ratio, low=low, high=high, num_runs=found.num_repeats, outcome=outcome)
+    return change, (found.p_value, outcome) if known else None
 
 
-def _compared(
-    name: str, a: Sequence[Record], b: Sequence[Record], turns: Turns | None, threshold: float, higher: bool
-) -> Comparison:
-    x, y = ([row.metrics[name] for row in rows if name in row.metrics] for rows in (a, b))
-    if turns is not None:
-        of_a, of_b = (
-            {(turns[row.provenance.run], row.repeat): row.metrics[name] for row in rows if name in row.metrics}
-            for rows in (a, b)
-        )
-        if both := sorted(of_a.keys() & of_b.keys()):
-            x, y = [of_a[pair] for pair in both], [of_b[pair] for pair in both]
-            return compare(y, x, higher_is_better=higher, threshold=threshold)
-    if name == "ms_median" and len(x) == len(y) == 1:  # kernels: one run, many timings
-        blocks = [block_medians(rows[0].samples.get("ms", [])) for rows in (a, b)]
-        x, y = (blocks[0], blocks[1]) if all(blocks) else (x, y)
-    return compare(y, x, paired=False, higher_is_better=higher, threshold=threshold)
-
-
-def _quality_outcome(name: str, a: Sequence[Record], b: Sequence[Record], means: tuple[float, float]) -> Outcome | None:
+def _tested_answers(name: str, a: Record, b: Record, means: tuple[float, float]) -> Tested | None:
     """Of what has no chance in it, or has its own standard error; None for what repeats must show."""
     before, after = means
     if name == "kl_mean":
-        return _side(
-            after >= KL_FACTOR * before and after > KL_FLOOR, before >= KL_FACTOR * after and before > KL_FLOOR
-        )
+        worse = after >= KL_FACTOR * before and after > KL_FLOOR
+        better = before >= KL_FACTOR * after and before > KL_FLOOR
+        return 0.0 if worse or better else 1.0, _side(worse, better)
     if name in AGREEMENT:
-        return _side(before - after > AGREEMENT_LOSS, after - before > AGREEMENT_LOSS)
-    errors = [
-        next((row.metrics[each] for each in stderr_names(name) if each in row.metrics), None) for row in (a[-1], b[-1])
-    ]
+        counts = disagreements(b.case, name, (after, before))
+        far = abs(after - before) > AGREEMENT_LOSS
+        return (agreement_p_value(counts), _side(far and after < before, far and after > before)) if counts else None
+    errors = [next((row.metrics[each] for each in stderr_names(name) if each in row.metrics), None) for row in (a, b)]
     higher = higher_is_better(name)
     if errors[0] is None or errors[1] is None or higher is None:
         return None
     _, p_value = score_difference(before, errors[0], after, errors[1])
-    sure, worse = p_value < 1 - CONFIDENCE, (after < before) is higher
-    return _side(sure and worse, sure and not worse)
+    return p_value, _side((after < before) is higher, (after > before) is higher)
 
 
 def _side(worse: bool, better: bool) -> Outcome:
     return "worse" if worse else "better" if better else "no difference"
 
 
-def _judge(found: Sequence[tuple[Change, Comparison | None]]) -> list[Change]:
-    family = iter(judged([comparison for _, comparison in found if comparison]))
-    changes = []
-    for change, comparison in found:
-        if comparison:
-            verdict = next(family).verdict
-            outcome = _OUTCOMES[verdict]
-            change = replace(change, outcome=outcome)
-        changes.append(change)
-    return changes
+def _judge(found: Sequence[tuple[Change, Tested | None]]) -> list[Change]:
+    """Of all that was tested, only what Holm's method lets stand."""
+    kept = iter(holm([tested[0] for _, tested in found if tested]))
+    return [
+        replace(change, outcome=tested[1] if next(kept) else "no difference") if tested else change
+        for change, tested in found
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import platform
 import shlex
@@ -57,7 +58,7 @@ class Provenance:
     """What is needed to run a measurement again, and to know why it would come out otherwise."""
 
     commit: str
-    """Of tessera's checkout, with `+changes` where files differ from it; `unknown` outside a checkout."""
+    """Of tessera's checkout, with `+` and a digest of the changes where files differ from it; `unknown` outside one."""
     versions: dict[str, str]
     machine: Machine
     command: str
@@ -66,6 +67,9 @@ class Provenance:
     """The same for all rows of one command."""
     started: str
     """ISO 8601, UTC."""
+    continues: str = ""
+    """The first run of a command that was interrupted and goes on with this one. Only what is of one `run` was measured
+    side by side."""
 
 
 def provenance(command: str | None = None) -> Provenance:
@@ -95,7 +99,8 @@ def commit() -> str:
         return "unknown"
     try:
         head = _git(folder, "rev-parse", "--short=12", "HEAD")
-        return head + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+        changes = _git(folder, "diff", "HEAD")
+        return head + (f"+{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

@@ -10,12 +10,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import msgspec
 
 from tessera.bench.provenance import Provenance
 from tessera.errors import ConfigError
+from tessera.log import logger
 from tessera.types import AttentionProof
 
 Kind = Literal["kernels", "offline", "online", "api", "ttft", "quality", "ceiling"]
@@ -31,7 +32,8 @@ class Subject:
     label: str
     """As in tables and figures: `triton`, `flash_attn:4+flashinfer:tensor_cores`, `vllm`."""
     engine: str = "tessera"
-    """`tessera`, `vllm`, `hf`, `llamacpp`, or `server` for a URL of unknown make."""
+    """`tessera`, `vllm`, `hf`, `llamacpp`, or `server` for a URL of unknown make; `torch` measures ceilings, `none` the
+    network."""
     asked: dict[str, str] = field(default_factory=dict)
     """Backend named for each phase; `auto` where the engine was to choose."""
     resolved: dict[str, list[str]] = field(default_factory=dict)
@@ -99,11 +101,25 @@ class Record:
 def append(path: Path, records: Iterable[Record]) -> None:
     """Add rows to a file, made with its folder where it is missing; each row is on disk before the next begins."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
+    with path.open("a+b") as file:
+        if file.tell() and not _ends_in_newline(file):  # a row was cut off when a run was killed
+            file.write(b"\n")
         for record in records:
             file.write(msgspec.json.encode(_finite(record)) + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def check_writable(path: Path) -> None:
+    """Raise ConfigError where rows cannot be added to a file, before anything has been measured for it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror or error}", "name another file with --out"
+        ) from None
 
 
 def read(path: Path) -> list[Record]:
@@ -122,8 +138,23 @@ def _read_file(path: Path) -> Iterator[Record]:
             continue
         try:
             yield msgspec.json.decode(line, type=Record)
-        except (msgspec.MsgspecError, ValueError) as error:
-            raise ConfigError(f"{path} line {number} is not a row of a benchmark: {error}") from None
+        except msgspec.DecodeError as error:
+            if isinstance(error, msgspec.ValidationError) or not line.startswith(b'{"kind":'):
+                raise _no_row(path, number, error) from None
+            logger.warning("%s line %d is cut off, as where a run was killed: left out", path, number)
+        except ValueError as error:
+            raise _no_row(path, number, error) from None
+
+
+def _no_row(path: Path, number: int, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{path} line {number} is not a row of a benchmark: {error}", "name a file that `tessera bench` wrote"
+    )
+
+
+def _ends_in_newline(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 def _check_proof(subject: Subject) -> None:
@@ -131,8 +162,12 @@ def _check_proof(subject: Subject) -> None:
     ran = {(phase, name) for phase, names in subject.resolved.items() for name in names}
     if not ran or proven != ran:
         raise ValueError(f"{subject.label}: served by {sorted(ran)}, but proven was {sorted(proven)}")
+    if empty := sorted(proof.phase for proof in subject.proofs if not proof.symbols):
+        raise ValueError(f"{subject.label}: the proof of {', '.join(empty)} names no kernel")
+    if missing := sorted(set(subject.asked) - set(subject.resolved)):
+        raise ValueError(f"{subject.label}: asked for {', '.join(missing)}, and nothing is known to have served it")
     for phase, asked in subject.asked.items():
-        if asked != "auto" and subject.resolved.get(phase) not in (None, [asked]):
+        if asked != "auto" and subject.resolved[phase] != [asked]:
             raise ValueError(f"{subject.label}: {phase} was asked of {asked} and served by {subject.resolved[phase]}")
 
 

@@ -27,6 +27,10 @@ THRESHOLD = 0.01
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 1000
 NUM_BLOCKS = 5
+ROUND_CORRELATION = 0.6
+"""Of neighbouring rounds of timings, taken to be as strong as this: clocks and caches remember."""
+EQUIVALENCE = 1.05
+"""Within this factor either way two are level, where the whole interval lies there."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class Comparison:
     p_value: float = 1.0
     """Of Student's t (Welch's where unpaired) on log ratios, two-sided, before any correction."""
     threshold: float = THRESHOLD
+
+    @property
+    def is_level(self) -> bool:
+        """Whether no more than `EQUIVALENCE` lies between the two: more than to have found no difference."""
+        return self.verdict == "no difference" and self.low >= 1 / EQUIVALENCE and self.high <= EQUIVALENCE
 
     @property
     def inverse(self) -> Comparison:
@@ -79,16 +88,6 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(float(_logs(values).mean()))
 
 
-def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Of values that are independent of one another: bootstrap, 1000 resamples, the same ones each time."""
-    array = np.asarray(values, dtype=float)
-    if len(array) < MIN_REPEATS:
-        return Interval(median(values), -math.inf, math.inf)
-    medians = np.median(array[_resamples(len(array))], axis=1)
-    low, high = np.percentile(medians, _tails(confidence))
-    return Interval(median(values), float(low), float(high))
-
-
 def block_medians(samples: Sequence[float], num_blocks: int = NUM_BLOCKS) -> list[float]:
     """Medians of consecutive blocks, to stand in for repeats (batch means, Law and Carson 1979).
 
@@ -98,6 +97,24 @@ def block_medians(samples: Sequence[float], num_blocks: int = NUM_BLOCKS) -> lis
     if len(samples) < 3 * num_blocks:
         return []
     return [float(np.median(block)) for block in np.array_split(np.asarray(samples, dtype=float), num_blocks)]
+
+
+def compare_rounds(cases: Sequence[Sequence[float]], threshold: float = THRESHOLD) -> Comparison | None:
+    """Two that took turns within one run: for each case, how many times better one was in each round.
+
+    Medians of blocks of rounds stand in for repeats, and Student's t is widened by what neighbouring blocks share if
+    the noise of rounds is AR(1) with `ROUND_CORRELATION`. None where a case has too few rounds for blocks.
+    """
+    blocks = [block_medians(ratios) for ratios in cases]
+    if not blocks or not all(blocks):
+        return None
+    logs = np.asarray([_logs(block) for block in blocks]).mean(axis=0)
+    error = float(logs.std(ddof=1)) / math.sqrt(NUM_BLOCKS) * _widened(min(map(len, cases)) // NUM_BLOCKS)
+    center = float(logs.mean())
+    half, p_value = _t_test(center, error, NUM_BLOCKS - 1, CONFIDENCE)
+    low, high = math.exp(center - half), math.exp(center + half)
+    found = Comparison(math.exp(center), low, high, "no difference", 1, p_value, threshold)
+    return replace(found, verdict=_verdict(found, not low <= 1 <= high))
 
 
 def compare(
@@ -214,6 +231,15 @@ def _t_test(mean: float, error: float, degrees: float, confidence: float) -> tup
     distribution: Any = stats.t
     half = float(distribution.ppf((1 + confidence) / 2, degrees)) * error
     return half, float(2 * distribution.sf(abs(mean) / error, degrees))
+
+
+def _widened(length: int) -> float:
+    """By what the standard error of `NUM_BLOCKS` blocks of so many AR(1) rounds exceeds that of independent ones."""
+    rho, num = ROUND_CORRELATION, NUM_BLOCKS
+    variance = length + 2 * sum((length - lag) * rho**lag for lag in range(1, length))
+    shared = rho * (1 - rho**length) ** 2 / (1 - rho) ** 2 / variance
+    mean = 1 + 2 * sum((1 - lag / num) * shared * rho ** (length * (lag - 1)) for lag in range(1, num))
+    return math.sqrt(mean * (num - 1) / (num - mean))
 
 
 def _bootstrap(x: Floats, y: Floats, paired: bool, confidence: float) -> tuple[float, float]:

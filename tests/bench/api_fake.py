@@ -11,7 +11,7 @@ from typing import Any
 
 import fake_server
 from fake_server import Text, Writer
-from tessera.bench.online.trace_prompts import WORDS
+from tessera.bench.served.words import WORDS
 
 NUM_ADDED = {"/v1/completions": 1, "/v1/chat/completions": 7}
 """What is added to a text, and to a message."""

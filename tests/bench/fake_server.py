@@ -51,7 +51,7 @@ class Fake:
         return f"{self.root}/{mode}/v1"
 
     def record(self, mode: str) -> list[Answer]:
-        """Answers in this mode since it was last asked, by seed."""
+        """Answers in this mode since it was last asked, by seed; in mode `refused`, what `refuses` refused."""
         with urllib.request.urlopen(f"{self.root}/record?{mode}") as response:
             return sorted((Answer(**each) for each in json.load(response)), key=lambda each: each.seed)
 
@@ -123,6 +123,7 @@ async def answer(method: str, path: str, body: dict[str, Any], came: float, out:
     elif method == "GET" or mode == "http500" or body.get("seed") == REFUSED_SEED:
         out.plain(404 if method == "GET" else 500, {"error": {"message": "as the test wishes"}})
     elif mode == "refuses" and "continuous_usage_stats" in body["stream_options"]:
+        RECORD.append(Answer(body.get("seed", 0), "refused", body, came))
         out.plain(400, {"error": {"message": "unknown field stream_options.continuous_usage_stats"}})
     elif mode == "plain":
         out.plain(200, {"choices": [{"text": "hello"}]})
@@ -145,7 +146,7 @@ class Text:
     def usage(self) -> dict[str, Any]:
         prompt = self.body.get("prompt") or "a message"
         return {
-            "prompt_tokens": len(prompt),
+            "prompt_tokens": len(prompt) + (self.mode == "miscounts"),
             "completion_tokens": self.num_sent,
             "prompt_tokens_details": {"cached_tokens": 1},
         }

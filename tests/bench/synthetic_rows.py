@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from tessera.bench.kernels.ceilings import Measurement, ceiling_records
 from tessera.bench.provenance import Machine, Provenance
 from tessera.bench.record import Conditions, Kind, Record, Subject, Value
 from tessera.types import AttentionProof, KernelUse
@@ -128,10 +129,17 @@ def kernels(factors: dict[str, float], shapes: tuple[str, ...] = ("8q1s512", "8q
                     "dtype": "bfloat16",
                 }
                 found.append(row("kernels", subject(name), case, metrics, samples={"ms": times}))
-    torch = Subject("torch gemm", engine="torch", note="no attention: nothing to prove")
-    dtypes: dict[str, Value] = {"dtype": "bfloat16", "device": "cuda"}
-    found.append(row("ceiling", torch, {"ceiling": "gemm", **dtypes}, {"gemm_tflop_s": 720.0}))
-    return [*found, row("ceiling", torch, {"ceiling": "read", **dtypes}, {"read_tb_s": 4.1})]
+    return [*found, *ceilings(found[0].provenance)]
+
+
+def ceilings(at: Provenance, device: str = "cuda") -> list[Record]:
+    """4.1 TB/s, 720 TFLOP/s in bfloat16 and 36 in float32."""
+    measured = [
+        Measurement("read", "float32", 4.1e9, [1.0]),
+        Measurement("gemm", "bfloat16", 7.2e11, [1.0, 1.3]),
+        Measurement("gemm", "float32", 3.6e10, [1.0]),
+    ]
+    return list(ceiling_records(measured, device, at))
 
 
 def api(speeds: dict[str, float], repeats: int = 5) -> list[Record]:
@@ -175,7 +183,8 @@ def quality(
         metrics = {"kl_mean": value, "kl_max": 20 * value, "max_logit_error": 0.05, "perplexity": 21.4}
         metrics |= {"greedy_agreement_led": (agreement or {}).get(name, 0.99), "equal_answers": 0.9}
         metrics |= {"lm_eval_piqa_acc": (score or {}).get(name, 0.681), "lm_eval_piqa_acc_stderr": 0.011}
-        found.append(row("quality", subject(name), {"text": "book", "dtype": "bfloat16"}, metrics))
+        case: dict[str, Value] = {"text": "book", "dtype": "bfloat16", "prompts": 8, "tokens": 32}
+        found.append(row("quality", subject(name), case, metrics))
     return found
 
 

@@ -17,6 +17,7 @@ import api_fake
 from fake_server import Answer, Fake
 from tessera.bench.api.benchmark import ApiBenchmark
 from tessera.bench.api.options import ApiOptions
+from tessera.bench.api.tables import lines
 from tessera.bench.benchmark import Done
 from tessera.bench.record import Record, read
 from tessera.bench.served.targets import url_targets
@@ -61,23 +62,28 @@ def _prompts(answers: list[Answer]) -> list[Any]:
 
 
 def test_throughput_and_first_tokens_are_those_of_the_servers_own_record(fake: Fake) -> None:
-    (row,) = _sweep(fake, "slow", "--concurrency=4", "--output-len=30", "--input-lens=45")
-    truth = _measured(fake, "slow", 30)
-    assert len(truth) == 4
-    began = min(each.came for each in truth)
-    firsts = [each.tokens[0] - each.came for each in truth]
-    assert max(firsts) > 1.1 * min(firsts), "or the test would tell nothing apart"
-    expected = {
-        "generation_tok_s": 4 * 30 / (max(each.tokens[-1] for each in truth) - began),
-        "prompt_tok_s": 4 * 45 / (max(each.tokens[0] for each in truth) - began),
-        "ttft_ms_min": 1000 * min(firsts),
-        "ttft_ms_max": 1000 * max(firsts),
-        "output_tokens": 120,
-        "prompt_tokens": 180,
-    }
-    assert {name: row.metrics[name] for name in expected} == pytest.approx(expected, rel=0.02)
+    """One sweep of a few: a busy machine may wake either side late, a client that measures wrongly always does."""
+    for attempt in range(4):
+        row = _sweep(fake, "slow", "--concurrency=4", "--output-len=30", "--input-lens=45")[-1]
+        truth = _measured(fake, "slow", 30)
+        assert len(truth) == 4
+        began = min(each.came for each in truth)
+        firsts = sorted(1000 * (each.tokens[0] - each.came) for each in truth)
+        expected = {
+            "generation_tok_s": 4 * 30 / (max(each.tokens[-1] for each in truth) - began),
+            "prompt_tok_s": 4 * 45 / (max(each.tokens[0] for each in truth) - began),
+            "ttft_ms_min": firsts[0],
+            "ttft_ms_max": firsts[-1],
+            "output_tokens": 120,
+            "prompt_tokens": 180,
+        }
+        measured = {name: row.metrics[name] for name in expected}
+        told = sorted(row.samples["ttft_ms"])
+        if (measured == pytest.approx(expected, rel=0.02) and told == pytest.approx(firsts, rel=0.02)) or attempt == 3:
+            break
+    assert firsts[-1] > 1.1 * firsts[0], "or the test would tell nothing apart"
+    assert measured == pytest.approx(expected, rel=0.02) and told == pytest.approx(firsts, rel=0.02)
     assert row.metrics["ttft_ms_min"] <= row.metrics["ttft_ms_p50"] <= row.metrics["ttft_ms_max"]
-    assert sorted(row.samples["ttft_ms"]) == pytest.approx(sorted(1000 * first for first in firsts), rel=0.02)
     assert 0 < row.metrics["network_ms"] < 500 and 0 < row.metrics["client_cpu"] < 2
 
 
@@ -95,15 +101,16 @@ def test_every_level_and_length_is_a_row_and_a_request_each(fake: Fake) -> None:
     grid = [(16, 1), (16, 3), (33, 1), (33, 3)]
     assert cases == [(0, *cell) for cell in grid] + [(1, *cell) for cell in grid[::-1]], "turned about in repeat 1"
     prompts = [prompt for prompt in _prompts(fake.record("steady")) if prompt]
-    assert sorted(map(len, prompts)) == [16] * 12 + [33] * 12, "the requests of a level and one that warms up, twice"
-    assert len({tuple(prompt[:16]) for prompt in prompts}) == 24, "no prompt begins as another does"
+    assert sorted(map(len, prompts)) == [16] * 16 + [33] * 16, "the requests of a level and as many that warm up, twice"
+    assert len({tuple(prompt[:16]) for prompt in prompts}) == 32, "no prompt begins as another does"
     assert all(row.conditions.cache == "cold" and row.case["prompts"] == "distinct" for row in rows)
+    assert rows[0].conditions.warmup.startswith("before each row as many requests at once as it has, for 8 tokens")
 
 
 def test_same_prompt_sends_one_and_says_so(fake: Fake) -> None:
     (row,) = _sweep(fake, "remembers", "--same-prompt", "--concurrency=3")
     prompts = _prompts(fake.record("remembers"))
-    assert len(prompts) == 4 and len({tuple(prompt) for prompt in prompts}) == 1, "the one that warms up, too"
+    assert len(prompts) == 6 and len({tuple(prompt) for prompt in prompts}) == 1, "those that warm up, too"
     assert (row.status, row.conditions.cache, row.case["prompts"]) == ("ok", "warm", "same")
     assert row.metrics["cached_prompt_tokens"] == 3 * 16
 
@@ -119,8 +126,8 @@ def test_a_server_without_tokenize_gets_words_that_it_counts_as_asked(fake: Fake
     answers = _measured(fake, "words")
     assert row.status == "ok" and row.metrics["prompt_tokens"] == 8 * 60
     texts = _prompts(answers)
-    assert {api_fake.num_tokens(text) + added for text in texts} == {60} and len(set(texts)) == 9, (
-        "with the one that warms up"
+    assert {api_fake.num_tokens(text) + added for text in texts} == {60} and len(set(texts)) == 16, (
+        "with those that warm up"
     )
     assert all(("messages" in each.body) is (flag == "--chat") for each in answers)
 
@@ -133,7 +140,7 @@ def test_a_prompt_shorter_than_what_the_server_adds_is_a_failed_row(fake: Fake) 
 @pytest.mark.parametrize("mode", ["http500", "drop", "ends", "error", "short", "nodone", "plain"])
 def test_a_server_that_fails_gives_a_failed_row_and_the_other_its_figures(fake: Fake, mode: str) -> None:
     bad, good = _sweep(fake, [mode, "steady"])
-    assert (bad.status, bad.metrics) == ("failed", {}) and "1 of 1 requests failed" in bad.reason
+    assert (bad.status, bad.metrics) == ("failed", {}) and "in the warm-up 2 of 2 requests failed" in bad.reason
     assert good.status == "ok" and good.metrics["generation_tok_s"] > 0
 
 
@@ -186,12 +193,19 @@ def test_tables_say_what_was_measured_and_what_it_means(fake: Fake, capsys: pyte
     assert result["proven"] is False and set(found["definitions"]) >= {"generation_tok_s", "prompt_tok_s"}
 
 
-def test_rows_that_are_done_are_left_out_and_servers_with_none_left_are_not_asked(fake: Fake) -> None:
-    targets = url_targets([f"steady={fake.url('steady')}", f"http500={fake.url('http500')}"])
+def test_a_level_that_is_done_is_left_out_and_one_that_some_lack_is_measured_for_all(fake: Fake) -> None:
+    targets = url_targets([f"steady={fake.url('steady')}", f"chunks3={fake.url('chunks3')}"])
     options = ApiOptions(concurrency="1,2", input_lens="20", output_len=4)
     rows = list(ApiBenchmark(targets, options, model="fake", repeats=1).records())
-    done = {Done(row.case_key, row.subject.label, row.repeat) for row in rows[1:]}
-    fake.record("steady")
-    (again,) = ApiBenchmark(targets, options, model="fake", repeats=1).records(done)
-    assert (again.case, again.subject.label) == (rows[0].case, "steady") and again.status == "ok"
-    assert len(fake.record("steady")) == 2, "one request, and one that warms up"
+    done = {Done(row.case_key, row.subject.label, row.repeat) for row in rows}
+    missing = Done(rows[0].case_key, "steady", 0)
+    for mode in ("steady", "chunks3"):
+        fake.record(mode)
+    again = list(ApiBenchmark(targets, options, model="fake", repeats=1).records(done - {missing}))
+    assert [(row.case, row.subject.label, row.status) for row in again] == [
+        (rows[0].case, "steady", "ok"),
+        (rows[0].case, "chunks3", "ok"),
+    ]
+    assert [len(fake.record(mode)) for mode in ("steady", "chunks3")] == [2, 2], "a request, and one that warms up"
+    assert not list(ApiBenchmark(targets, options, model="fake", repeats=1).records(done)) and not fake.record("steady")
+    assert len(lines([*rows, *again])) == 4 and {line.cells()[-1] for line in lines([*rows, *again])} == {"1/1"}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Container, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from tessera.bench import benchmark
 from tessera.bench.benchmark import Done
 from tessera.bench.provenance import provenance
 from tessera.bench.record import Kind, Record, read
+from tessera.errors import ConfigError
 
 
 class Counting:
@@ -24,12 +27,12 @@ class Counting:
     def __init__(self, dies_at: int | None = None) -> None:
         self.measured: list[int] = []
         self._dies_at = dies_at
-        self._provenance = provenance()
+        self.provenance = provenance()
 
     def records(self, done: Container[Done] = ()) -> Iterator[Record]:
         for repeat in range(3):
             made = row("offline", subject("naive"), {"workload": "w"}, {"req_s": 1.0}, repeat=repeat)
-            made = Record(**(made.__dict__ | {"provenance": self._provenance}))
+            made = Record(**(made.__dict__ | {"provenance": self.provenance}))
             if Done(made.case_key, "naive", repeat) in done:
                 continue
             if repeat == self._dies_at:
@@ -43,13 +46,14 @@ def command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["tessera", "bench", "offline", "--repeats", "3"])
 
 
-def test_a_row_is_on_disk_before_the_next_is_measured(tmp_path: Path) -> None:
+def test_a_row_is_on_disk_before_the_next_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(KeyboardInterrupt):
         benchmark.run(Counting(dies_at=2), tmp_path / "rows.jsonl")
+    assert "2 rows are in" in (said := capsys.readouterr().err) and "--resume" in said
     assert [each.repeat for each in read(tmp_path / "rows.jsonl")] == [0, 1]
 
 
-def test_it_goes_on_where_it_stopped_as_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_goes_on_where_it_stopped_as_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.jsonl"
     with pytest.raises(KeyboardInterrupt):
         benchmark.run(Counting(dies_at=2), path)
@@ -57,7 +61,7 @@ def test_it_goes_on_where_it_stopped_as_the_same_run(tmp_path: Path, monkeypatch
     later = Counting()
     rows = benchmark.run(later, path, resume=True)
     assert later.measured == [2] and [each.repeat for each in rows] == [0, 1, 2]
-    assert len({(each.provenance.run, each.provenance.command) for each in read(path)}) == 1
+    assert len({each.provenance.command for each in read(path)}) == 1
 
 
 def test_without_resume_all_is_measured_again(tmp_path: Path) -> None:
@@ -77,3 +81,52 @@ def test_rows_of_another_command_are_not_taken_for_ones_own(tmp_path: Path, monk
     other = Counting()
     benchmark.run(other, path, resume=True)
     assert other.measured == [0, 1, 2]
+
+
+def test_what_goes_on_says_so_and_is_no_pair_of_what_was_before(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.run(Counting(dies_at=2), path)
+    later = Counting()
+    later.provenance = replace(later.provenance, run="later")
+    rows = benchmark.run(later, path, resume=True)
+    assert rows[2].provenance.run == "later" and rows[2].provenance.continues == rows[0].provenance.run
+    third = Counting()
+    assert [row.repeat for row in benchmark.run(third, path, resume=True)] == [0, 1, 2] and third.measured == []
+
+
+@pytest.mark.parametrize("changed", [{"versions": {"torch": "1.0"}}, {"commit": "other"}, {"machine": None}])
+def test_other_code_versions_or_machines_are_measured_anew(changed: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    first = Counting()
+    changed = {"machine": replace(first.provenance.machine, cpu="another")} if "machine" in changed else changed
+    first.provenance = replace(first.provenance, **changed)
+    benchmark.run(first, path)
+    again = Counting()
+    benchmark.run(again, path, resume=True)
+    assert again.measured == [0, 1, 2]
+
+
+def test_a_row_that_was_cut_off_costs_itself_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    benchmark.run(Counting(), path)
+    path.write_bytes(path.read_bytes()[:-40])
+    assert [row.repeat for row in read(path)] == [0, 1]
+    benchmark.run(Counting(), path)
+    assert [row.repeat for row in read(path)] == [0, 1, 0, 1, 2]
+
+
+def test_a_line_that_is_no_row_is_refused_with_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    benchmark.run(Counting(), path)
+    path.write_text(path.read_text() + '{"kind": "offline"}\n')
+    with pytest.raises(ConfigError, match="line 4 is not a row of a benchmark"):
+        read(path)
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = Counting()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        benchmark.run(refused, tmp_path / "file" / "rows.jsonl")
+    assert refused.measured == []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -69,6 +71,22 @@ def test_a_comparison_reports_and_goes_on_without_measuring_twice(tmp_path: Path
     assert [row for row in read(folder / "kernels.jsonl") if row.kind == "kernels"] == [
         row for row in rows if row.kind == "kernels"
     ]
+
+
+def test_ctrl_c_ends_one_leaves_out_the_rest_and_reports_what_is_there(tmp_path: Path) -> None:
+    """As a terminal sends it, to all processes at once."""
+    flags = "--only kernels,quality --backends naive,torch_sdpa:math --effort full --device cpu --cpu-threads 1"
+    command = [sys.executable, "-m", "tessera.cli", "bench", "compare", *flags.split(), "--folder", str(tmp_path / "f")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    rows, deadline = tmp_path / "f" / "kernels.jsonl", time.monotonic() + 60
+    while not (rows.exists() and b"naive" in rows.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "kernels: interrupted after" in said and "quality" not in said
+    assert "naive" in (tmp_path / "f" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,7 @@ def test_every_option_decides_the_cases() -> None:
         "bfloat16",
     ]
     assert {case.page_size for case in cases(workloads="q8", page_size=64)} == {64}
+    assert {case.page_size for case in cases(workloads="q8")} == {16}
     assert {case.window for case in cases(workloads="q8", window=5)} == {5}
     assert {case.soft_cap for case in cases(workloads="q8", soft_cap=30.0)} == {30.0}
     assert {case.mode for case in cases(workloads="q8", eager=True)} == {"eager"}
@@ -165,6 +166,8 @@ def test_every_option_decides_the_cases() -> None:
         ({"phases": "prefill", "workloads": "q1s4"}, "nothing for prefill: one new token is decode"),
         ({"phases": "vision", "workloads": "q4s9"}, "vision takes sequences without a past"),
         ({"window": 4, "preset": "vit"}, "--window 4 means nothing in vision"),
+        ({"page_size": 16, "preset": "vit"}, "--page-size 16 means nothing in vision"),
+        ({"page_size": 32, "workloads": "q4", "phases": "vision"}, "--page-size 32 means nothing in vision"),
         ({"soft_cap": 4.0, "preset": "vit"}, "--soft-cap 4 means nothing in vision"),
     ],
 )

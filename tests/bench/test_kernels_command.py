@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from tessera.bench.kernels.ceilings import Measurement, ceiling_records
 from tessera.bench.kernels.tables import kernel_name, tables
 from tessera.bench.provenance import provenance
 from tessera.bench.record import Conditions, Record, Subject, Value, read
+from tessera.log import logger
 from tessera.types import AttentionProof, KernelUse
 
 SMALL = ("--workloads", "2q32,q20_2q1s40", "--repeats", "2", "--device", "cpu", "--dtypes", "float32")
@@ -161,3 +166,46 @@ def test_the_threads_that_are_asked_for_compute_and_are_recorded(tmp_path: Path)
     (found,) = (row for row in read(out) if row.kind == "kernels")
     assert found.conditions.settings["threads"] == 1 and found.conditions.seed == 3
     assert len(found.samples["ms"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "level"),
+    [
+        ([], [], logging.INFO),
+        (["--log-level", "debug"], [], logging.DEBUG),
+        ([], ["--log-level", "error"], logging.ERROR),
+        (["--log-level", "debug"], ["--log-level", "error"], logging.ERROR),
+    ],
+)
+def test_the_log_level_counts_before_and_after_the_benchmarks_name(
+    before: list[str], after: list[str], level: int, tmp_path: Path
+) -> None:
+    flags = ["--backends", "auto", "--out", str(tmp_path / "rows.jsonl")]  # refused once the level is set
+    try:
+        assert cli.main(["bench", *before, "kernels", *after, *flags]) == 2
+        assert logger.level == level
+    finally:
+        logger.setLevel(logging.INFO)
+
+
+def proven(**changes: Any) -> Subject:
+    """`naive`, asked for prefill, that ran and was seen."""
+    proof = AttentionProof("prefill", "naive", None, [KernelUse("aten::bmm", 1, 1.0)], None, "q64", {}, "cpu")
+    subject = Subject("naive", asked={"prefill": "naive"}, resolved={"prefill": ["naive"]}, proofs=[proof])
+    return replace(subject, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"proofs": [replace(proven().proofs[0], symbols=[])]}, "the proof of prefill names no kernel"),
+        ({"asked": {"prefill": "naive", "decode": "naive"}}, "asked for decode, and nothing is known to have served"),
+        ({"asked": {"decode": "auto"}}, "asked for decode, and nothing is known to have served"),
+        ({"proofs": []}, "proven was []"),
+        ({"asked": {"prefill": "triton"}}, "prefill was asked of triton and served by"),
+    ],
+)
+def test_a_row_without_a_proof_of_all_that_was_asked_cannot_be_made(changes: dict[str, Any], said: str) -> None:
+    assert Record("kernels", {}, proven(), "ok", Conditions(), provenance("test")).status == "ok"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Record("kernels", {}, proven(**changes), "ok", Conditions(), provenance("test"))

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -14,8 +18,9 @@ import pytest
 from offline_fakes import benchmark, fake
 from tessera import cli
 from tessera.bench.benchmark import Done
+from tessera.bench.offline import benchmark as offline
 from tessera.bench.offline.results import reasons, table, write_results
-from tessera.bench.offline.worker_process import WorkerProcess
+from tessera.bench.offline.worker_process import WorkerError, WorkerProcess
 from tessera.bench.record import read
 
 
@@ -51,9 +56,12 @@ def test_figures_follow_from_seconds_and_counted_tokens(tmp_path: Path) -> None:
         ("time.sleep(60)", "run took longer than 2 s"),
     ],
 )
-def test_a_fault_is_a_failed_row_and_the_others_go_on(tmp_path: Path, run: str, words: str) -> None:
+def test_a_fault_is_a_failed_row_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str, words: str
+) -> None:
+    monkeypatch.setattr(offline, "WorkerProcess", _Hasty)
     bad = fake(tmp_path, "bad", run=f"\n        if self.passes == 3:\n            {run}")
-    rows = list(benchmark([bad, fake(tmp_path, "good")], 3, pass_timeout=2.0).records())
+    rows = list(benchmark([bad, fake(tmp_path, "good")], 3, pass_timeout=20.0).records())
     assert [row.status for row in rows if row.subject.label == "good"] == ["ok"] * 3
     of_bad = [row for row in rows if row.subject.label == "bad"]
     assert [row.status for row in of_bad] == ["ok", "failed", "failed"]
@@ -78,11 +86,81 @@ def test_too_little_memory_for_all_means_one_at_a_time_and_says_so(
     assert {row.conditions.settings["order"] for row in rows} == {"one at a time"}
 
 
-def test_rows_that_are_there_are_left_out(tmp_path: Path) -> None:
+def test_repeats_that_are_complete_are_left_out_and_others_measured_for_all(tmp_path: Path) -> None:
     made = benchmark([fake(tmp_path, "a"), fake(tmp_path, "b")], 2)
-    done = [Done(row.case_key, row.subject.label, row.repeat) for row in made.records()][:3]
-    again = benchmark([fake(tmp_path, "a"), fake(tmp_path, "b", load="raise ValueError")], 2)
-    assert [(row.subject.label, row.repeat) for row in again.records(done)] == [("a", 1)]
+    rows = list(made.records())
+    assert [(row.subject.label, row.repeat) for row in rows] == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]
+    done = [Done(row.case_key, row.subject.label, row.repeat) for row in rows]
+    again = list(benchmark([fake(tmp_path, "a"), fake(tmp_path, "b")], 2).records(done[:3]))
+    assert [(row.subject.label, row.repeat) for row in again] == [("b", 1), ("a", 1)]
+    assert {row.conditions.settings["order"] for row in again} == {"in turns"}
+    cells = table([*rows[:3], *again], ["a", "b"])
+    assert [line[0] for line in cells[1:]] == ["a", "b"], "a row that was measured again is neither failed nor counted"
+    unused = [fake(tmp_path, name, load=f"open({str(tmp_path / 'started')!r}, 'w')") for name in "ab"]
+    assert not list(benchmark(unused, 2).records(done)) and not (tmp_path / "started").exists()
+
+
+def test_one_that_fails_alone_too_leaves_the_others_side_by_side(tmp_path: Path) -> None:
+    """On a GPU the reason of a failure is not known: it may be memory that the others hold, or not."""
+    bad = fake(tmp_path, "bad", load="raise RuntimeError('no kernel image')")
+    made = benchmark([fake(tmp_path, "a"), bad, fake(tmp_path, "b")], 2)
+    made.target = replace(made.target, device="cuda")
+    rows = list(made.records())
+    assert [row.subject.label for row in rows if row.status == "ok"] == list("abba")
+    assert {row.conditions.settings["order"] for row in rows} == {"in turns"}
+    assert {row.reason for row in rows if row.status != "ok"} == {"RuntimeError: no kernel image"}
+
+
+def test_a_library_that_turns_out_to_be_missing_is_unavailable(tmp_path: Path) -> None:
+    rows = list(benchmark([fake(tmp_path, "a", load="import no_such_library")], 2).records())
+    assert [row.status for row in rows] == ["unavailable"] * 2 and "no_such_library is not installed" in rows[0].reason
+
+
+def test_a_worker_and_what_it_started_end_with_a_killed_benchmark(tmp_path: Path) -> None:
+    """A pipe that closes tells a worker only once its pass has ended."""
+    busy = fake(tmp_path, "busy", run=f"open({str(tmp_path / 'runs')!r}, 'w').close(); time.sleep(600)")
+    code = "from tessera.bench.offline.worker_process import WorkerProcess"
+    code += f"\nworker = WorkerProcess({busy.command}, 600)"
+    code += "\nworker.ask('run', prompts=[[1]], output_lens=[1], temperature=0)"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    _wait_for(tmp_path / "runs")
+    workers = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    assert workers and not psutil.wait_procs(workers, timeout=15)[1]
+
+
+def test_what_a_worker_started_is_killed_with_it(tmp_path: Path) -> None:
+    child = "import subprocess; subprocess.Popen(['sleep', '600'])"
+    for run in ("pass", f"open({str(tmp_path / 'runs')!r}, 'w').close(); time.sleep(600)"):
+        worker = WorkerProcess(fake(tmp_path, "parent", load=child, run=run).command, 20)
+        worker.ask("load", settings={})
+        (grandchild,) = psutil.Process(worker.pid).children()
+        if run != "pass":
+            worker._timeout = 0.5
+            with pytest.raises(WorkerError, match="run took longer than"):
+                worker.ask("run", prompts=[[1]], output_lens=[1], temperature=0)
+        worker.close()
+        assert not psutil.wait_procs([grandchild], timeout=10)[1]
+
+
+class _Hasty(WorkerProcess):
+    """A pass is given a tenth of the time: a start needs it all where the machine is busy."""
+
+    def ask(self, op: str, **message: Any) -> dict[str, Any]:
+        given = self._timeout
+        self._timeout = given / 10 if op == "run" else given
+        try:
+            return super().ask(op, **message)
+        finally:
+            self._timeout = given
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert path.exists()
 
 
 def test_an_idle_worker_does_not_compute_and_ends_with_its_parent(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from fake_server import Fake, running_fake
 from tessera import cli
 from tessera.bench.benchmark import Done
 from tessera.bench.online.benchmark import OnlineBenchmark, Replay
+from tessera.bench.online.results import table
 from tessera.bench.online.trace import poisson
 from tessera.bench.online.trace_prompts import PLAIN_IDS, Vocabulary
 from tessera.bench.record import Record, Subject, read
@@ -184,14 +185,28 @@ def test_all_servers_get_the_same_calls_in_turn_and_each_replay_new_prompts(fake
     assert len({json.dumps(json.loads(body)["prompt"]) for body in bodies[0]}) == 2 * 2 * 4
 
 
-def test_rows_that_are_there_already_are_left_out(fake: Fake) -> None:
-    benchmark = OnlineBenchmark([UrlTarget("a", fake.url("steady"))], REPLAY, repeats=2)
+def test_a_scale_that_is_there_is_left_out_and_one_that_some_lack_is_replayed_for_all(fake: Fake) -> None:
+    targets = [UrlTarget("a", fake.url("steady")), UrlTarget("b", fake.url("chunks3"))]
+    benchmark = OnlineBenchmark(targets, REPLAY, repeats=2)
     rows = _run(benchmark)
-    fake.record("steady")
-    done = {Done(row.case_key, row.subject.label, row.repeat) for row in rows[1:]}
-    assert benchmark.num_records == 4
-    [again] = benchmark.records(done)
-    assert (again.case, again.repeat) == (rows[0].case, 0) and len(fake.record("steady")) == 4 + 1
+    for mode in ("steady", "chunks3"):
+        fake.record(mode)
+    done = {Done(row.case_key, row.subject.label, row.repeat) for row in rows}
+    assert benchmark.num_records == 8
+    again = list(benchmark.records(done - {Done(rows[0].case_key, "a", 0)}))
+    assert [(row.case, row.repeat, row.subject.label) for row in again] == [
+        (rows[0].case, 0, "a"),
+        (rows[0].case, 0, "b"),
+    ]
+    assert [len(fake.record(mode)) for mode in ("steady", "chunks3")] == [4 + 1] * 2
+    assert not list(benchmark.records(done)) and not fake.record("steady")
+    assert len(table([*rows, *again])) == 1 + 4 and not any("failed" in cells[-1] for cells in table([*rows, *again]))
+
+
+def test_prompts_that_a_server_counts_otherwise_make_a_failed_row(fake: Fake) -> None:
+    [row, _] = _run(OnlineBenchmark([UrlTarget("a", fake.url("miscounts"))], REPLAY, repeats=1))
+    assert row.status == "failed" and not row.metrics
+    assert row.reason.endswith("4 of 9 where 8 were asked for")
 
 
 def test_a_failed_warm_up_is_a_failed_row(fake: Fake) -> None:
@@ -218,7 +233,10 @@ def test_no_replay_profits_from_what_another_left_in_the_cache(server: ServerPro
     rows = _run(ours)
     assert [row.metrics["cached_prompt_share"] for row in rows] == pytest.approx([share] * 2)
     assert not any("warm" in row.subject.note for row in rows)
-    again = next(ours.records())  # but the same command again does, on a server that stays up, and is told of
+    anew = next(OnlineBenchmark([UrlTarget("ours", server.url)], replay, repeats=1, command="another").records())
+    assert anew.metrics["cached_prompt_share"] == pytest.approx(share), "nor one of an earlier command"
+    assert anew.conditions.settings["prompt_salt"] == anew.provenance.run
+    again = next(ours.records())  # where the very same is sent again, it is told of
     assert again.metrics["cached_prompt_share"] == pytest.approx(3 * 32 / 120)
     assert "the prefix cache was warm: 80% of the prompts were found in it, the trace shares 27%" in again.subject.note
 
@@ -269,7 +287,8 @@ def test_a_killed_benchmark_leaves_no_server_behind() -> None:
     deadline = time.monotonic() + 20
     while not (children := psutil.Process(benchmark.pid).children()) and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(0.5)  # for the server to be Python, which then is still importing
+    while "serve" not in children[0].cmdline() and time.monotonic() < deadline:  # until then it is a copy of its parent
+        time.sleep(0.02)
     benchmark.kill()
     benchmark.wait()
     assert children and not psutil.wait_procs(children, timeout=15)[1]
@@ -293,6 +312,7 @@ def test_flags_of_the_engine_are_handed_on_and_those_for_attention_refused() -> 
         (["--url", "x=ftp://a"], "--url 'x=ftp://a' is no NAME=URL"),
         (["--url", "a=http://h/v1", "--url", "a=http://i/v1"], "a is named twice"),
         (["--url", "a=http://h/v1", "--num-pages", "9"], "--num-pages is for servers that are started here"),
+        (["--url", "a=http://h/v1", "--dtype", "float32"], "--dtype is for servers that are started here"),
         (["--scales", "fast"], "--scales has 'fast'"),
         (["--rate", "0"], "rate must be a number from 0.001"),
         (["--num-requests", "0"], "num_requests must be"),

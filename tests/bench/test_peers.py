@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import ast
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from tessera.bench.offline import worker as worker_of_ours
-from tessera.bench.offline.entrants import _peer_options
+from tessera.bench.offline.entrants import _peer_options, _peer_settings
 from tessera.bench.offline.export import folder_of
 from tessera.bench.offline.peers import serve
+from tessera.bench.offline.target import target_of
 from tessera.bench.offline.worker_process import WorkerError, WorkerProcess
-from tessera.config import ModelConfig
+from tessera.config import EngineConfig, ModelConfig
+from tessera.model.gguf_file import GGUFFile
 from tessera.model.source import find_model
 
 PEERS = Path(serve.__file__).parent
@@ -52,11 +56,11 @@ from types import SimpleNamespace as Made
 import collections
 
 class Params:
-    def __init__(self): self.n_batch = 4
+    def __init__(self): self.n_batch, self.n_threads, self.n_threads_batch = 4, 4, 4
 class ModelParams(Params):
     _fields_ = [("n_gpu_layers", int), ("use_mmap", bool)]
 class ContextParams(Params):
-    _fields_ = [("n_ctx", int), ("n_batch", int), ("n_seq_max", int), ("n_threads", int)]
+    _fields_ = [("n_ctx", int), ("n_batch", int), ("n_seq_max", int), ("n_threads", int), ("n_threads_batch", int)]
 
 class Batch:
     def __init__(self, size):
@@ -104,6 +108,7 @@ def started(name: str, settings: dict[str, Any], stub: Path | None = None) -> tu
     command = [sys.executable, str(PEERS / "serve.py"), str(PEERS / f"{name}.py")]
     worker = WorkerProcess(command, 120, {"PYTHONPATH": str(stub)} if stub is not None else None)
     common = {"dtype": "float32", "device": "cpu", "load_format": "auto", "max_model_len": 32, "seed": 7, "options": {}}
+    common |= {"max_num_seqs": 3, "file_type": "Q4_K", "cpu_threads": None}
     return worker, worker.ask("load", settings=common | {"enable_prefix_caching": False} | settings)
 
 
@@ -120,7 +125,7 @@ def test_greedy_tokens_of_transformers_on_our_weights_are_ours(tmp_path: Path) -
     ours.load({"dtype": "float32", "max_model_len": 32, "enable_prefix_caching": False, "attention": "torch_sdpa"})
     expected = ours.run(PROMPTS, OUTPUT_LENS, 0.0)
     folder = folder_of(find_model(ModelConfig()), torch.float32, tmp_path)
-    worker, facts = started("hf", {"model": str(folder), "options": {"batch_size": 2}})
+    worker, facts = started("hf", {"model": str(folder), "max_num_seqs": 2})
     found = worker.ask("run", prompts=PROMPTS, output_lens=OUTPUT_LENS, temperature=0.0)
     assert found["output_ids"] == expected["output_ids"]
     assert found["prompt_tokens"] == expected["prompt_tokens"] == 10
@@ -149,6 +154,33 @@ def test_llamacpp_fills_batches_and_computes_every_token_once(tmp_path: Path) ->
         expected = [[len(p) + n for n in range(length)] for p, length in zip(PROMPTS, OUTPUT_LENS)]
         assert found["output_ids"] == expected
     worker.close()
+
+
+def test_llamacpp_gets_the_cores_and_the_texts_at_once_that_we_get_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "llama_cpp.py").write_text(LLAMA_CPP)
+    num_cores = len(psutil.Process().cpu_affinity())
+    for cpu_threads, options, threads, texts in (
+        (None, {}, (num_cores, num_cores), 3),
+        (7, {}, (7, 7), 3),
+        (7, {"n_threads": 1, "n_threads_batch": 2, "n_parallel": 5}, (1, 2), 5),
+    ):
+        settings = {"model": "x.gguf", "cpu_threads": cpu_threads, "options": options}
+        worker, facts = started("llamacpp", settings, tmp_path)
+        shown = facts["settings"]
+        assert ((shown["n_threads"], shown["n_threads_batch"]), shown["n_parallel"]) == (threads, texts)
+        assert facts["dtype"] == "Q4_K" and facts["note"] == "weights as the file has them: Q4_K"
+        worker.close()
+
+
+def test_peers_are_told_of_the_files_type_and_of_how_many_texts_we_run_at_once(tmp_path: Path) -> None:
+    config = EngineConfig()
+    config = replace(config, scheduler=replace(config.scheduler, max_num_seqs=5))
+    target = target_of(config)
+    assert target.source.kind == "gguf"
+    told = {name: _peer_settings(name, {}, target, config, tmp_path) for name in ("llamacpp", "hf")}
+    types = {tensor.type_name for tensor in GGUFFile(target.source.path).tensors.values()}
+    assert told["llamacpp"]["file_type"] in types - {"F32"} and told["llamacpp"]["model"] == str(target.source.path)
+    assert [each["max_num_seqs"] for each in told.values()] == [5, 5]
 
 
 def test_a_parameter_that_llamacpp_has_not_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 import synthetic_rows as rows_of
-from synthetic_rows import lost, offline, online, quality, row, subject
+from synthetic_rows import LAPTOP, lost, offline, online, quality, row, subject, where
 from tessera.bench.record import Record
 from tessera.bench.report.build import build
 from tessera.bench.report.document import Report
@@ -70,7 +70,7 @@ def test_answers_stand_beside_the_speed_of_the_same_type() -> None:
 
 
 def test_what_did_not_run_is_there_with_its_reason(page: str, everything: Report) -> None:
-    assert "258/264 succeeded, 5 unavailable, 1 failed" in everything.subtitle
+    assert "259/265 succeeded, 5 unavailable, 1 failed" in everything.subtitle
     for text in (page, markdown(everything)):
         assert "flash_attn:3 needs compute capability 9.0" in text and "while it compiled: out of memory" in text
 
@@ -93,6 +93,33 @@ def test_every_figure_has_words_and_a_table(page: str, everything: Report) -> No
     alts = [value for value in parsed.of("div", "aria-label") if value]
     assert all(panel.alt in alts for panel in panels) and all(len(panel.alt) > 40 for panel in panels)
     assert parsed.tags.count("table") == parsed.tags.count("caption") and parsed.tags.count("h1") == 1
+
+
+def test_speed_beside_answers_is_of_the_same_model_and_machine_and_of_one_case() -> None:
+    def table(speed: list[Record]) -> str:
+        return markdown(build([*speed, *quality({"naive": 2e-4})])).partition("**Answers beside speed**")[2]
+
+    other = offline({"naive": 90000}, noise=0, at=where(run="r0"))
+    other = [replace(each, conditions=replace(each.conditions, model="other")) for each in other]
+    elsewhere = offline({"naive": 70000}, at=where(LAPTOP, command="tessera bench offline --repeats 5"))
+    assert "| naive | 3,060 | 0.0002 |" in table([*offline({"naive": 3000}, noise=0), *other, *elsewhere])
+    assert "| naive | - | 0.0002 |" in table(offline({"naive": 3000}, workloads=("rose", "long")))
+    assert "| naive | 0.0002 |" in table([]) and "output tok/s" not in table(other)
+
+
+@pytest.mark.parametrize(
+    ("device", "roof"), [("cuda", "720.0 TFLOP/s in bfloat16, 4.1 TB/s"), ("cpu", "36 TFLOP/s in float32")]
+)
+def test_a_roofline_has_the_roof_that_was_measured(device: str, roof: str) -> None:
+    found = [each for each in rows_of.kernels({"naive": 4.0, "triton": 1.0}) if each.kind == "kernels"]
+    found = [replace(each, conditions=replace(each.conditions, device=device)) for each in found]
+    (figure,) = (
+        each for each in build(found + rows_of.ceilings(found[0].provenance, device)).figures if "roof" in each.name
+    )
+    alt = figure.panels[0].alt
+    assert (
+        roof in alt and ("float32" in alt) is (device == "cpu") and roof.split()[0] in inline_svg(figure.panels[0], "a")
+    )
 
 
 def test_the_verdict_stands_before_every_figure(page: str) -> None:
@@ -138,6 +165,15 @@ def test_labels_and_reasons_of_third_parties_are_only_text() -> None:
     )
     assert "<script" not in page and r"\<script\>" in text and not re.search(r"(?<!\\)<(script|img)", text)
     assert "&lt;script&gt;alert(1)" in page and "$x^2$" in page
+
+
+def test_a_p99_of_fewer_than_100_requests_is_not_shown() -> None:
+    def of(num: int) -> str:
+        found = online([(NAIVE, 160, 11), (FLASH, 95, 11)])
+        return markdown(build([replace(each, case=each.case | {"num_requests": num}) for each in found]))
+
+    assert "p99 hollow" in of(100) and "TTFT p99" in of(100)
+    assert "no p99 of fewer than 100 requests" in of(99) and "TTFT p99" not in of(99)
 
 
 def test_a_label_is_no_formula() -> None:

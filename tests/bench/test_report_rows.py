@@ -11,6 +11,7 @@ from synthetic_rows import GPU, LAPTOP, lost, offline, online, subject, where
 from tessera.bench.record import Record
 from tessera.bench.report.build import build
 from tessera.bench.report.page import markdown
+from tessera.bench.report.rows import arrange
 
 DECODE = "flashinfer:tensor_cores"
 NAIVE, FLASH = subject("naive", DECODE), subject("flash_attn:4", DECODE)
@@ -39,15 +40,44 @@ def test_rows_of_two_commits_or_commands_are_never_compared() -> None:
 
 
 def test_a_run_that_was_resumed_is_one() -> None:
-    first, second = (
-        offline({"naive": 3000, "triton": 4000}, 2),
-        offline({"naive": 3000, "triton": 4000}, 4, at=where(run="r2")),
-    )
-    at = second[0].provenance
-    records = [replace(each, provenance=replace(at, run="r1")) for each in first] + [
-        each for each in second if each.repeat > 1
-    ]
-    assert "4 repeats" in said(records)
+    first, second = resumed()
+    assert "4 repeats" in said([*first, *(each for each in second if each.repeat > 1)])
+    assert len(arrange([*first, *second]).sessions) == 1
+    assert "8 of 12 offline rows come of a run that was interrupted" in caveats_of([*first, *second])
+    assert "interrupted" not in caveats_of(first)
+
+
+def test_repeats_that_were_not_measured_side_by_side_are_no_pair() -> None:
+    first, second = resumed()
+    cut = [*first[:3], *(each for each in second if each.repeat > 1 or each.subject.label == "triton")]
+    alone = [*first[:3], *(each for each in second if each.repeat == 1 and each.subject.label == "triton")]
+    assert "3 repeats" in said([each for each in cut if (each.provenance.run, each.repeat) != ("r2", 0)])
+    assert "1 repeat cannot tell" in said(alone)
+
+
+def resumed() -> tuple[list[Record], list[Record]]:
+    """Two repeats of a run, and four of one that continues it, under another command."""
+    at = replace(where(run="r2", command="tessera bench offline --resume"), continues="r1")
+    speeds = {"naive": 3000.0, "triton": 4000.0}
+    return offline(speeds, 2, at=where()), offline(speeds, 4, at=at)
+
+
+def test_the_failure_of_another_run_is_not_forgotten() -> None:
+    records = offline({"naive": 3000, "triton": 4000})
+    bad = lost("offline", subject("naive"), "out of memory", repeat=0)
+    other = replace(bad, provenance=replace(bad.provenance, run="r0"))
+    typed = replace(bad, conditions=replace(records[0].conditions, dtype="float32"))
+    assert len(arrange([bad, *records]).lost) == 0 and len(arrange([other, *records]).lost) == 1
+    assert len(arrange([typed, *records]).lost) == 1
+    continued = replace(records[0], provenance=replace(records[0].provenance, run="r7", continues="r0"))
+    assert len(arrange([other, continued]).lost) == 0
+
+
+def test_a_server_whose_device_is_not_known_is_compared_with_ours() -> None:
+    records = offline({"naive": 3000, "triton": 4000})
+    told = [replace(each, conditions=replace(each.conditions, device="")) for each in records if each.repeat % 2]
+    (session,) = arrange([*(each for each in records if not each.repeat % 2), *told]).sessions
+    assert session.device == "cuda" and len(session.rows) == 10
 
 
 def test_a_row_that_failed_and_was_run_again_counts_once() -> None:

@@ -12,12 +12,12 @@ from tessera.bench.statistics import (
     Comparison,
     block_medians,
     compare,
+    compare_rounds,
     geometric_mean,
     holm,
     judged,
     mcnemar,
     median,
-    median_interval,
     paired_difference,
     percentile,
     score_difference,
@@ -136,15 +136,38 @@ def test_percentiles_are_numpy_s() -> None:
         percentile([], 50)
 
 
-def test_an_interval_of_the_median_holds_it_and_repeats() -> None:
-    values = np.random.default_rng(0).lognormal(0, 0.3, 40).tolist()
-    found = median_interval(values)
-    assert found.low < found.value < found.high and found == median_interval(values)
-    assert median_interval([1.0, 2.0]).high == math.inf
-
-
 def test_blocks_stand_in_for_repeats_only_where_they_are_long_enough() -> None:
     assert block_medians([1.0] * 14) == [] and block_medians([float(i) for i in range(15)]) == [1, 4, 7, 10, 13]
+
+
+def rounds(num: int, rho: float, seed: int) -> list[float]:
+    """Log timings whose noise remembers: AR(1)."""
+    rng = np.random.default_rng(seed)
+    found = [float(rng.normal(0, 0.03 / math.sqrt(1 - rho**2)))]
+    while len(found) < num:
+        found.append(rho * found[-1] + float(rng.normal(0, 0.03)))
+    return found
+
+
+@pytest.mark.parametrize("num_rounds", [15, 30, 100])
+def test_the_same_kernel_twice_is_no_difference_though_the_noise_of_its_rounds_remembers(num_rounds: int) -> None:
+    pairs = [(rounds(num_rounds, 0.6, 2 * seed), rounds(num_rounds, 0.6, 2 * seed + 1)) for seed in range(400)]
+    found = [compare_rounds([[math.exp(x - y) for x, y in zip(*pair)]]) for pair in pairs]
+    assert sum(each is not None and each.verdict == "no difference" for each in found) / len(found) >= 0.95 - 0.022
+
+
+def test_drift_that_both_share_hides_no_kernel_that_is_faster() -> None:
+    drift = np.cumsum(np.random.default_rng(0).normal(0, 0.02, 15))
+    noise = [np.random.default_rng(seed).normal(0, 0.005, 15) for seed in (1, 2)]
+    a, b = np.exp(drift + noise[0]), np.exp(drift + noise[1] + 0.03)
+    found = compare_rounds([(b / a).tolist()])
+    assert found is not None and found.verdict == "faster" and found.low < 1.03 < found.high
+    assert compare_rounds([[1.1] * 14]) is None and compare_rounds([]) is None
+
+
+def test_level_is_more_than_no_difference_found() -> None:
+    sure, wide = compare([100.0, 101.0, 99.5, 100.2], [100.0] * 4), compare([100.0, 190.0, 60.0], [100.0] * 3)
+    assert sure.is_level and wide.verdict == "no difference" and not wide.is_level
 
 
 def test_answers_are_compared_by_those_that_changed() -> None:

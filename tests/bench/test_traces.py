@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from tessera.bench.online.options import OnlineOptions
-from tessera.bench.online.trace import Trace, poisson
+from tessera.bench.online.trace import Arrival, Trace, poisson
 from tessera.bench.online.trace_files import read_trace, write_mooncake
 from tessera.bench.online.trace_prompts import Vocabulary, calls_of, warmup_calls
 from tessera.errors import ConfigError
@@ -75,6 +76,16 @@ def test_qwen_is_in_seconds_and_shares_blocks_of_16_tokens(tmp_path: Path) -> No
     assert [each.at_s for each in trace.arrivals] == pytest.approx([0, 2.5]) and trace.block_tokens == 16
     first, second = _prompts(trace, 0)
     assert (len(first), len(second), _num_alike(first, second)) == (40, 60, 32)
+
+
+def test_what_is_shared_is_found_in_time_that_grows_as_the_trace_does() -> None:
+    ids = [tuple(range(4000)), (*range(3000), -1, *range(3001, 4000)), tuple(range(4000)), (7, *range(1, 4000))]
+    arrivals = [Arrival(0.0, 4000 * 16 - 3, 1, each) for each in ids]
+    trace = Trace("long", arrivals, 16)
+    began = time.process_time()
+    assert trace.shared_share == pytest.approx((3000 * 16 + 4000 * 16 - 3) / (4 * (4000 * 16 - 3)))
+    assert time.process_time() - began < 0.25  # with every beginning copied and hashed it takes ten times as long
+    assert "shared_share" in vars(trace), "kept for the other rows"
 
 
 def test_lines_without_hash_ids_share_nothing(tmp_path: Path) -> None:

@@ -11,18 +11,17 @@ from tessera.bench.api.load import (
     cache_state,
     cached_tokens,
     hits,
-    memory,
     metrics,
     network_ms,
-    wrong_lengths,
 )
 from tessera.bench.api.options import ApiOptions
 from tessera.bench.benchmark import Done
 from tessera.bench.provenance import Provenance, provenance
 from tessera.bench.record import Conditions, Kind, Record, Subject, Value
 from tessera.bench.served.client import Call, Load, closed_loop
-from tessera.bench.served.latency import bottleneck, failures, ttft_ms
+from tessera.bench.served.latency import bottleneck, failures, ttft_ms, wrong_lengths
 from tessera.bench.served.prompts import Prompts, prompts_for
+from tessera.bench.served.rows import device_type
 from tessera.bench.served.servers import Server
 from tessera.bench.served.targets import Target, UrlTarget
 from tessera.errors import ConfigError, TesseraError
@@ -56,6 +55,7 @@ class _Running:
 class ApiBenchmark:
     """Every target at every level of concurrency with every length of prompt, `repeats` times.
 
+    What is compared was measured in one run: a level that `done` has for some targets only is measured for all.
     A server of ours is started for each repeat, is alone on the machine, and is stopped after it; every second repeat
     takes targets and levels in reverse order. All targets get the same prompts; those of each row are new, so that
     none profits from what another left in a prefix cache, unless `options.same_prompt`. A row in which a request
@@ -104,14 +104,18 @@ class ApiBenchmark:
         self._provenance = self._provenance or provenance(self._command)
         for repeat in range(self.repeats):
             step = -1 if repeat % 2 else 1
+            left = {
+                target.label: [cell for cell in self.cells[::step] if not self._is_done(target, repeat, cell, done)]
+                for target in self.targets
+            }
+            of_any = [cell for target in self.targets if not target.reasons for cell in left[target.label]]
             for target in self.targets[::step]:
-                cells = [
-                    cell
-                    for cell in self.cells[::step]
-                    if Done(self._failed(target, repeat, cell, "left out").case_key, target.label, repeat) not in done
-                ]
-                if cells:
+                wanted = left[target.label] if target.reasons else of_any
+                if cells := [cell for cell in self.cells[::step] if cell in wanted]:
                     yield from self._of(target, repeat, cells)
+
+    def _is_done(self, target: Target, repeat: int, cell: Cell, done: Container[Done]) -> bool:
+        return Done(self._failed(target, repeat, cell, "left out").case_key, target.label, repeat) in done
 
     def _of(self, target: Target, repeat: int, cells: Sequence[Cell]) -> Iterator[Record]:
         """The rows of one target in one repeat."""
@@ -170,11 +174,10 @@ class ApiBenchmark:
         conditions = Conditions(
             model=model,
             dtype=info.dtype if info else "",
-            device=info.device if info else "",
+            device=device_type(info),
             seed=self._seed,
-            warmup="1 request before each row, of a prompt of its own"
-            if not self.options.same_prompt
-            else "1 request before each row, of the row's prompt",
+            warmup=f"before each row as many requests at once as it has, for {NUM_WARMUP_TOKENS} tokens at most, of "
+            + ("its prompt" if self.options.same_prompt else "prompts of their own"),
             settings=settings,
         )
         return _Running(server, model, subject, conditions, prompts, network_ms(server), target.cache == "off")
@@ -190,7 +193,7 @@ class ApiBenchmark:
             repeat,
             reason="not measured",
         )
-        if problem := failures(self._send(running, [self._warmup_call(running, repeat, cell)])):
+        if problem := failures(self._send(running, self._warmup_calls(running, repeat, cell))):
             return replace(row, reason=f"in the warm-up {problem}")
         load = self._send(running, [self._call(running, repeat, cell, index) for index in range(cell.concurrency)])
         return self._judged(row, running, cell, load)
@@ -200,10 +203,10 @@ class ApiBenchmark:
         salt = (self._salt, self._seed, repeat, cell.concurrency, place)
         return running.prompts.call(index, cell.num_tokens, self.options.output_len, self._fields, *salt)
 
-    def _warmup_call(self, running: _Running, repeat: int, cell: Cell) -> Call:
-        """The row's prompt where all are the same, else one of its own."""
-        call = self._call(running, repeat, cell, -1)
-        return replace(call, max_tokens=min(NUM_WARMUP_TOKENS, call.max_tokens))
+    def _warmup_calls(self, running: _Running, repeat: int, cell: Cell) -> list[Call]:
+        """As many as the row has: of its prompt where all are the same, else of prompts of their own."""
+        calls = [self._call(running, repeat, cell, -1 - index) for index in range(cell.concurrency)]
+        return [replace(call, max_tokens=min(NUM_WARMUP_TOKENS, call.max_tokens)) for call in calls]
 
     @property
     def _fields(self) -> dict[str, Value]:
@@ -212,7 +215,10 @@ class ApiBenchmark:
 
     def _send(self, running: _Running, calls: Sequence[Call]) -> Load:
         server, timeout = running.server, self.options.request_timeout
-        loop = closed_loop(server.url, running.model, calls, len(calls), timeout_s=timeout, headers=server.headers)
+        headers, dialect = server.headers, server.dialect
+        loop = closed_loop(
+            server.url, running.model, calls, len(calls), timeout_s=timeout, headers=headers, dialect=dialect
+        )
         return asyncio.run(loop)
 
     def _judged(self, row: Record, running: _Running, cell: Cell, load: Load) -> Record:
@@ -225,7 +231,7 @@ class ApiBenchmark:
         row = replace(row, subject=subject, conditions=replace(row.conditions, cache=cache))
         if problem := self._problem(load, cell, added):
             return replace(row, reason=problem)
-        figures = metrics(load) | {"network_ms": running.network_ms} | memory(running.server)
+        figures = metrics(load) | {"network_ms": running.network_ms} | running.server.memory()
         if (cached := cached_tokens(load.replies)) is not None:
             figures["cached_prompt_tokens"] = float(cached)
         firsts = [round(ttft_ms(reply), 4) for reply in load.replies]
@@ -238,7 +244,7 @@ class ApiBenchmark:
         """Why this load must not be a figure, or ''."""
         if load.failed:
             return failures(load)
-        if wrong := wrong_lengths(load.replies, cell.num_tokens):
+        if wrong := wrong_lengths(load.replies, [cell.num_tokens] * len(load.replies)):
             return wrong
         if not self.options.same_prompt and (num_hits := hits(load.replies, num_added)):
             return (

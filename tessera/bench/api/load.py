@@ -51,12 +51,6 @@ def metrics(load: Load) -> dict[str, float]:
     }
 
 
-def wrong_lengths(replies: Sequence[Reply], num_tokens: int) -> str:
-    """Which prompts the server counted otherwise than they were asked to be; '' where none."""
-    other = sorted({reply.prompt_tokens for reply in replies} - {num_tokens})
-    return f"the server counted prompts of {other} tokens, {num_tokens} were asked for" if other else ""
-
-
 def cached_tokens(replies: Sequence[Reply]) -> int | None:
     """Prompt tokens that came out of the server's prefix cache; None where it does not say of each request."""
     told = [reply.cached_tokens for reply in replies if reply.cached_tokens is not None]
@@ -100,9 +94,3 @@ async def round_trips_ms(server: Server, path: str, number: int) -> list[float]:
 def network_ms(server: Server) -> float:
     """Median of NUM_PROBES round trips to the server's root."""
     return statistics.median(asyncio.run(round_trips_ms(server, "/", NUM_PROBES)))
-
-
-def memory(server: Server) -> dict[str, float]:
-    """`peak_memory_bytes` of the host and `gpu_memory_bytes`, where they can be seen from here."""
-    held = {"peak_memory_bytes": server.peak_memory_bytes(), "gpu_memory_bytes": server.gpu_memory_bytes()}
-    return {name: float(size) for name, size in held.items() if size is not None}

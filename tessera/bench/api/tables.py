@@ -11,6 +11,7 @@ from typing import Any
 
 from tessera.bench.api.load import NUM_PROBES
 from tessera.bench.record import Record
+from tessera.bench.served.rows import newest
 
 DEFINITIONS = {
     "generation_tok_s": "output tokens of all requests, by the time from the first sending to the last token",
@@ -83,7 +84,7 @@ class Line:
 def lines(rows: Sequence[Record]) -> list[Line]:
     """One a subject and case, by length of prompt, then subject, then concurrency."""
     groups: dict[tuple[str, str], list[Record]] = {}
-    for row in rows:
+    for row in newest(rows):
         groups.setdefault((row.case_key, row.subject.label), []).append(row)
     labels = list(dict.fromkeys(row.subject.label for row in rows))
     found = [Line(group) for group in groups.values()]

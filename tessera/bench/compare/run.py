@@ -1,10 +1,12 @@
 """Run one benchmark after the other, each as a process of its own, and make a report of what they wrote.
 
-A benchmark that fails or is interrupted does not end the others, and a later run goes on where this one stopped.
+A benchmark that fails does not end the others. Ctrl-C ends the one that runs and leaves out the rest; what is there is
+reported, and a later run goes on where this one stopped.
 """
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +16,10 @@ from pathlib import Path
 
 from tessera.bench.compare.stages import Stage
 
+INTERRUPTED = 130
+"""Exit code of what Ctrl-C ended."""
+GRACE_SECONDS = 20.0
+"""For a benchmark to end its own processes after Ctrl-C, which a terminal sends to it too."""
 USUAL_SECONDS = {"kernels": 10, "offline": 40, "online": 60, "api": 60, "ttft": 20, "quality": 30}
 """Of each benchmark relative to the others, for the time that is left."""
 
@@ -29,13 +35,15 @@ class Outcome:
     @property
     def line(self) -> str:
         """In words."""
+        if self.code == INTERRUPTED:
+            return f"{self.stage.name}: interrupted after {self.seconds:.0f} s; --resume goes on"
         if self.code == 0:
             return f"{self.stage.name}: {self.seconds:.0f} s"
         return f"{self.stage.name}: ended with exit code {self.code} after {self.seconds:.0f} s"
 
 
 def run_stages(stages: Sequence[Stage], folder: Path) -> list[Outcome]:
-    """Run all; their tables go to `folder`/NAME.txt, their progress to stderr."""
+    """Run all, or until Ctrl-C; their tables go to `folder`/NAME.txt, their progress to stderr."""
     folder.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     began = time.monotonic()
@@ -43,6 +51,8 @@ def run_stages(stages: Sequence[Stage], folder: Path) -> list[Outcome]:
         left = _left([outcome.stage for outcome in outcomes], stages[number - 1 :], time.monotonic() - began)
         sys.stderr.write(f"\n[{number}/{len(stages)}] {stage.name}{left}\n")
         outcomes.append(_run(stage, folder))
+        if outcomes[-1].code == INTERRUPTED:
+            break
     return outcomes
 
 
@@ -55,8 +65,25 @@ def make_report(folder: Path, title: str) -> int:
 def _run(stage: Stage, folder: Path) -> Outcome:
     began = time.monotonic()
     with (folder / f"{stage.name}.txt").open("wb") as tables:
-        code = subprocess.run(_command([stage.name, *stage.arguments]), stdout=tables).returncode
+        process = subprocess.Popen(_command([stage.name, *stage.arguments]), stdout=tables)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+            _let_end(process)
+        finally:
+            process.kill()
     return Outcome(stage, code, time.monotonic() - began)
+
+
+def _let_end(process: subprocess.Popen[bytes]) -> None:
+    """Wait for what was interrupted too; tell it, where only this process was told, and wait once more."""
+    for _ in range(2):
+        try:
+            process.wait(GRACE_SECONDS / 2)
+            return
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
 
 
 def _command(words: Sequence[str]) -> list[str]:

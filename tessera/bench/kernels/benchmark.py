@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Container, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Container, Iterator, Sequence
+from functools import cached_property, partial
 
 import torch
 
@@ -20,6 +19,7 @@ from tessera.bench.kernels.ceilings import (
     measure_ceilings,
     num_ceilings,
 )
+from tessera.bench.kernels.context import Context, one_line
 from tessera.bench.kernels.entrants import Entrant, Field
 from tessera.bench.kernels.figures import Runner, cost_of, metrics_of
 from tessera.bench.kernels.inputs import (
@@ -33,7 +33,6 @@ from tessera.bench.kernels.timing import WARM_UP, Cold, Problem, prepare, uses_g
 from tessera.bench.provenance import Provenance
 from tessera.bench.provenance import provenance as provenance_now
 from tessera.bench.record import Conditions, Kind, Record, Status, Subject, Value
-from tessera.errors import TesseraError
 from tessera.runner.device import capability, choose_device, device_name, shared_memory
 from tessera.runner.memory import free_memory_bytes, gib
 
@@ -64,6 +63,7 @@ class KernelBenchmark:
         self._device = choose_device(device)
         self._repeats, self._seed = repeats, seed
         self._field = Field(backends)
+        self._context = Context(self._device.type)
         self._provenance = provenance or provenance_now()
 
     @property
@@ -78,7 +78,7 @@ class KernelBenchmark:
         ]
         if not any(entrants for _, entrants in left):
             return
-        measured = measure_ceilings(self._device.type, self._dtypes)
+        measured = measure_ceilings(self._device.type, self._dtypes, self._context)
         yield from ceiling_records(measured, self._device.type, self._provenance, done)
         for case, entrants in left:
             if entrants:
@@ -117,52 +117,66 @@ class KernelBenchmark:
     def _run_case(self, case: KernelCase, entrants: Sequence[Entrant], measured: list[Measurement]) -> Iterator[Record]:
         ready = [each for each in entrants if not each.reasons]
         runners = self._time_case(case, ready) if ready else {}
-        rows = []
         for each in entrants:
             if each.reasons:
-                rows.append(self._row(case, each.subject, "unavailable", reason="; ".join(each.reasons)))
+                yield self._row(case, each.subject, "unavailable", reason="; ".join(each.reasons))
             elif (runner := runners[each.label]).failure:
-                rows.append(self._row(case, each.subject, "failed", reason=runner.failure))
+                yield self._row(case, each.subject, "failed", reason=runner.failure)
             else:
-                rows.append(self._figures(case, runner, ceilings_of(measured, case.dtype)))
+                yield self._figures(case, runner, ceilings_of(measured, case.dtype))
         runners.clear()
-        if self._device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()  # libraries take memory past torch's allocator too
-        yield from rows
+        self._context.tidy()
 
     @torch.inference_mode()
     def _time_case(self, case: KernelCase, entrants: Sequence[Entrant]) -> dict[str, Runner]:
         """Everyone checked and proven first, then timed in turn, so that drift hits all alike."""
         runners = {each.label: Runner(each) for each in entrants}
-        try:
-            problems = self._problems(case, entrants)
-        except Exception as error:  # out of memory, most of all
-            for runner in runners.values():
-                runner.failure = _one_line(error)
-            return runners
+        problems, failure = self._problems_or_failure(case, entrants)
         for runner in runners.values():
-            try:
-                for problem in problems:
-                    backend = load_backend(runner.entrant.names[problem.part.phase])
-                    runner.parts.append(prepare(backend, problem, self._cold))
-            except Exception as error:  # a library may raise anything: it is this one's failure and nobody else's
-                self._fail(runner, error)
+            runner.failure = failure
+        for runner in runners.values():
+            self._attempt(case, runner, partial(self._prepare, runner, problems))
         for number in range(self._repeats):
             alive = [runner for runner in runners.values() if not runner.failure]
             first = number % max(1, len(alive))
             for runner in alive[first:] + alive[:first]:  # nobody always follows the same
-                try:
-                    runner.sample()
-                except Exception as error:
-                    self._fail(runner, error)
+                self._attempt(case, runner, runner.sample)
+        for runner in runners.values():
+            self._attempt(case, runner, runner.check)
+        for runner in runners.values():
+            runner.failure = runner.failure or self._context.lost  # also of those that were done before
         return runners
 
-    def _fail(self, runner: Runner, error: Exception) -> None:
-        runner.failure = _one_line(error)
-        runner.parts.clear()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+    def _prepare(self, runner: Runner, problems: Sequence[Problem]) -> None:
+        for problem in problems:
+            backend = load_backend(runner.entrant.names[problem.part.phase])
+            runner.parts.append(prepare(backend, problem, self._cold))
+
+    def _attempt(self, case: KernelCase, runner: Runner, act: Callable[[], object]) -> None:
+        """Do it, unless the runner has failed: a library may raise anything, and it is this one's failure only."""
+        if runner.failure:
+            return
+        if self._context.lost:
+            runner.failure = self._context.lost
+            return
+        try:
+            act()
+        except Exception as error:
+            runner.failure = one_line(error)
+        if runner.failure:  # outside of the handler, for the error holds what it was raised from
+            runner.parts.clear()
+            self._context.probe(f"{runner.entrant.label} in {case.phase} {case.workload}", runner.failure)
+
+    def _problems_or_failure(self, case: KernelCase, entrants: Sequence[Entrant]) -> tuple[list[Problem], str]:
+        """What the case asks, or why nobody can be asked."""
+        if self._context.lost:
+            return [], self._context.lost
+        try:
+            return self._problems(case, entrants), ""
+        except Exception as error:  # out of memory, most of all
+            failure = one_line(error)
+        self._context.probe(f"the making of inputs for {case.phase} {case.workload}", failure)
+        return [], failure
 
     def _problems(self, case: KernelCase, entrants: Sequence[Entrant]) -> list[Problem]:
         """Inputs and expected answers of every part; MemoryError, with both numbers, where they do not fit."""
@@ -185,8 +199,8 @@ class KernelBenchmark:
         graph = any(uses_graph(backend, part, case.mode, self._device.type) for backend in backends)
         return num_copies(part, shape, graph=graph)
 
-    def _figures(self, case: KernelCase, runner: Runner, ceilings: Ceilings) -> Record:
-        """The row of a backend that was timed."""
+    def _figures(self, case: KernelCase, runner: Runner, ceilings: Ceilings | None) -> Record:
+        """The row of a backend that was timed; without a share of ceilings where they could not be measured."""
         costs = [cost_of(case, part) for part in case.parts]
         total = costs[0] if len(costs) == 1 else costs[0] + costs[1]
         ways = {timed.proof.phase: timed.way for timed in runner.parts}
@@ -196,14 +210,16 @@ class KernelBenchmark:
             resolved={phase: [name] for phase, name in runner.entrant.asked.items()},
             proofs=[timed.proof for timed in runner.parts],
         )
-        settings: dict[str, Value] = {
-            "timed_as": "+".join(dict.fromkeys(ways.values())),
-            "bound": total.bound(ceilings.flop_s, ceilings.bytes_s),
-            "ceiling_tflop_s": ceilings.flop_s / 1e12,
-            "ceiling_tb_s": ceilings.bytes_s / 1e12,
-        }
-        least_ms = sum(each.least_ms(ceilings.flop_s, ceilings.bytes_s) for each in costs)
-        metrics = metrics_of(runner, total, least_ms, sum(part.tokens for part in case.parts))
+        settings: dict[str, Value] = {"timed_as": "+".join(dict.fromkeys(ways.values()))}
+        metrics = metrics_of(runner, total, sum(part.tokens for part in case.parts))
+        if ceilings is not None:
+            least_ms = sum(each.least_ms(ceilings.flop_s, ceilings.bytes_s) for each in costs)
+            metrics["ceiling_share"] = least_ms / metrics["ms_median"]
+            settings |= {
+                "bound": total.bound(ceilings.flop_s, ceilings.bytes_s),
+                "ceiling_tflop_s": ceilings.flop_s / 1e12,
+                "ceiling_tb_s": ceilings.bytes_s / 1e12,
+            }
         metrics["checked_tokens"] = float(sum(timed.num_checked for timed in runner.parts))
         return self._row(case, subject, "ok", settings=settings, metrics=metrics, samples=runner.samples)
 
@@ -237,10 +253,3 @@ class KernelBenchmark:
             samples=samples or {},
             reason=reason,
         )
-
-
-def _one_line(error: Exception) -> str:
-    """What went wrong; its kind too, where it is not ours."""
-    if isinstance(error, TesseraError):
-        return error.message
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -66,6 +66,11 @@ class Part:
         return tuple((group.q_len, group.kv_len) for group in self.groups for _ in range(group.count))
 
     @property
+    def workload(self) -> str:
+        """In the grammar."""
+        return "_".join(map(str, self.groups))
+
+    @property
     def tokens(self) -> int:
         """New tokens of all sequences."""
         return sum(group.count * group.q_len for group in self.groups)
@@ -84,12 +89,13 @@ class KernelCase:
     window: int | None = None
     soft_cap: float | None = None
     mode: str = "engine"
-    """engine (decoding as a CUDA graph where the backend allows it), eager or graph."""
+    """engine (decoding as a CUDA graph where the backend allows it, and eagerly too, which is what the engine does
+    today), eager or graph."""
 
     @property
     def workload(self) -> str:
         """In the grammar; decoding sequences first."""
-        return "_".join(str(group) for part in self.parts for group in part.groups)
+        return "_".join(part.workload for part in self.parts)
 
     @property
     def phase(self) -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from tessera.attention.cuda import make_event
+from tessera.attention.timing import wall_ms
 from tessera.bench.benchmark import Done
+from tessera.bench.kernels.context import Context, one_line
 from tessera.bench.provenance import Provenance
 from tessera.bench.record import Conditions, Record, Subject
 
@@ -19,6 +23,8 @@ GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 SECONDS = {"cpu": 0.25, "cuda": 0.25}
 """Each thing is repeated for so long, at least three times."""
 MAX_REPEATS = 30
+_Maker = Callable[[str], tuple[float, list[float]]]
+"""Measures one thing on a device: the amount, and milliseconds of each call."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,9 @@ class Measurement:
     amount: float
     """Bytes that one call moves (of a copy both ways), of `gemm` operations."""
     ms: list[float]
+    """[] where it failed."""
+    failure: str = ""
+    """Why."""
 
     @property
     def per_second(self) -> float:
@@ -55,22 +64,27 @@ class Ceilings:
     numbers that the processor cannot multiply."""
 
 
-def measure_ceilings(device: str, dtypes: list[torch.dtype]) -> list[Measurement]:
+def measure_ceilings(device: str, dtypes: list[torch.dtype], context: Context | None = None) -> list[Measurement]:
     """Measure `device`, products in each dtype and on a CPU in float32 too; about a second on a CPU.
 
-    On a GPU it takes 8 GiB of memory for that time, or half of what is free.
+    On a GPU it takes 8 GiB of memory for that time, or half of what is free. What does not fit, or fails otherwise, is
+    a measurement that says so; `context` is told.
     """
+    context = context or Context(device)
     wanted = dict.fromkeys([*dtypes, torch.float32] if device == "cpu" else dtypes)
-    found = [*_moves(device), *(_gemm(device, dtype) for dtype in wanted)]
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    makers: dict[tuple[str, str], _Maker] = {("read", "float32"): _read, ("copy", "float32"): _copy}
+    makers |= {("gemm", str(dtype).removeprefix("torch.")): partial(_gemm, dtype) for dtype in wanted}
+    found = [_measured(make, name, dtype, device, context) for (name, dtype), make in makers.items()]
+    context.tidy()
     return found
 
 
-def ceilings_of(measured: list[Measurement], dtype: str) -> Ceilings:
-    """The ceilings for kernels in `dtype`, named as torch names it."""
-    flops = [each.per_second for each in measured if each.name == "gemm" and each.dtype in (dtype, "float32")]
-    return Ceilings(max(each.per_second for each in measured if each.name != "gemm"), max(flops))
+def ceilings_of(measured: list[Measurement], dtype: str) -> Ceilings | None:
+    """The ceilings for kernels in `dtype`, named as torch names it; None where they could not be measured."""
+    done = [each for each in measured if not each.failure]
+    flops = [each.per_second for each in done if each.name == "gemm" and each.dtype in (dtype, "float32")]
+    moves = [each.per_second for each in done if each.name != "gemm"]
+    return Ceilings(max(moves), max(flops)) if moves and flops else None
 
 
 def ceiling_records(
@@ -78,16 +92,16 @@ def ceiling_records(
 ) -> Iterator[Record]:
     """A row a measurement."""
     for each in measured:
-        name, value = each.metric
         row = Record(
             kind="ceiling",
             case={"ceiling": each.name, "dtype": each.dtype, "device": device},
             subject=Subject(f"torch {each.name}", engine="torch", note="no attention: nothing to prove"),
-            status="ok",
+            status="failed" if each.failure else "ok",
+            reason=each.failure,
             conditions=Conditions(dtype=each.dtype, device=device, warmup="1 call", cache="cold"),
             provenance=provenance,
-            metrics={name: value},
-            samples={"ms": each.ms},
+            metrics={} if each.failure else dict([each.metric]),
+            samples={} if each.failure else {"ms": each.ms},
         )
         if Done(row.case_key, row.subject.label, row.repeat) not in done:
             yield row
@@ -98,25 +112,39 @@ def num_ceilings(device: str, dtypes: list[torch.dtype]) -> int:
     return 2 + len({*dtypes, torch.float32} if device == "cpu" else set(dtypes))
 
 
-def _moves(device: str) -> list[Measurement]:
-    num_bytes = MOVE_BYTES[device]
-    if device == "cuda":
-        num_bytes = min(num_bytes, torch.cuda.mem_get_info()[0] // 4)
-    source = torch.ones(num_bytes // 4, device=device)
+def _measured(make: _Maker, name: str, dtype: str, device: str, context: Context) -> Measurement:
+    """What `make` measured, or why it could not."""
+    if context.lost:
+        return Measurement(name, dtype, 0.0, [], context.lost)
+    try:
+        return Measurement(name, dtype, *make(device))
+    except Exception as error:  # out of memory, most of all
+        failure = one_line(error)
+    context.probe(f"the ceiling of {name} in {dtype}", failure)
+    return Measurement(name, dtype, 0.0, [], failure)
+
+
+def _read(device: str) -> tuple[float, list[float]]:
+    source = torch.ones(_num_floats(device), device=device)
+    return 4.0 * source.numel(), _times(source.sum, device)
+
+
+def _copy(device: str) -> tuple[float, list[float]]:
+    source = torch.ones(_num_floats(device), device=device)
     target = torch.empty_like(source)
-    num_bytes = source.numel() * 4
-    return [
-        Measurement("read", "float32", num_bytes, _times(source.sum, device)),
-        Measurement("copy", "float32", 2 * num_bytes, _times(lambda: target.copy_(source), device)),
-    ]
+    return 8.0 * source.numel(), _times(lambda: target.copy_(source), device)
 
 
-def _gemm(device: str, dtype: torch.dtype) -> Measurement:
+def _num_floats(device: str) -> int:
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else None
+    return (MOVE_BYTES[device] if free is None else min(MOVE_BYTES[device], free // 4)) // 4
+
+
+def _gemm(dtype: torch.dtype, device: str) -> tuple[float, list[float]]:
     size = GEMM_SIZE[device]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
-    name = str(dtype).removeprefix("torch.")
-    return Measurement("gemm", name, 2.0 * size**3, _times(lambda: torch.mm(left, right, out=out), device))
+    return 2.0 * size**3, _times(lambda: torch.mm(left, right, out=out), device)
 
 
 def _times(call: Callable[[], Tensor], device: str) -> list[float]:
@@ -127,20 +155,14 @@ def _times(call: Callable[[], Tensor], device: str) -> list[float]:
     times: list[float] = []
     end = time.perf_counter() + SECONDS[device]
     while len(times) < 3 or (time.perf_counter() < end and len(times) < MAX_REPEATS):
-        times.append(_event_ms(call) if device == "cuda" else _wall_ms(call))
+        times.append(_event_ms(call) if device == "cuda" else wall_ms(call))
     return times
 
 
 def _event_ms(call: Callable[[], Tensor]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start, end = make_event(timing=True), make_event(timing=True)
     start.record()
     call()
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end))
-
-
-def _wall_ms(call: Callable[[], Tensor]) -> float:
-    started = time.perf_counter()
-    call()
-    return (time.perf_counter() - started) * 1000

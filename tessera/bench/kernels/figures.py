@@ -31,8 +31,15 @@ class Runner:
             if len(self.parts) > 1 or len(times) > 1:
                 for way, milliseconds in times.items():
                     self._keep(f"{timed.proof.phase}_{way}_ms", milliseconds)
+            if timed.launches:
+                self._keep(f"{timed.proof.phase}_launch_ms", timed.launches[-1])
             total += times[timed.way]
         self._keep("ms", total)
+
+    def check(self) -> None:
+        """Raise BackendError where a part does not answer rightly any more."""
+        for timed in self.parts:
+            timed.check()
 
     def _keep(self, name: str, milliseconds: float) -> None:
         self.samples.setdefault(name, []).append(milliseconds)
@@ -45,7 +52,7 @@ def cost_of(case: KernelCase, part: Part) -> Cost:
     return cost(part.lens, case.heads, itemsize, causal=causal, window=case.window if causal else None)
 
 
-def metrics_of(runner: Runner, total: Cost, least_ms: float, tokens: int) -> dict[str, float]:
+def metrics_of(runner: Runner, total: Cost, tokens: int) -> dict[str, float]:
     """Of all repeats; rates are those of the median. Milliseconds are of one layer."""
     times = runner.samples["ms"]
     median = statistics.median(times)
@@ -57,14 +64,10 @@ def metrics_of(runner: Runner, total: Cost, least_ms: float, tokens: int) -> dic
         "tok_s": 1000 * tokens / median,
         "tflop_s": total.flops / median / 1e9,
         "tb_s": total.num_bytes / median / 1e9,
-        "ceiling_share": least_ms / median,
         "max_error": max(timed.error[0] for timed in runner.parts),
         "rms_error": max(timed.error[1] for timed in runner.parts),
     }
-    for name, of_way in runner.samples.items():
+    for name, times in runner.samples.items():
         if name != "ms":
-            metrics[f"{name}_median"] = statistics.median(of_way)
-    for timed in runner.parts:
-        if timed.launch_ms is not None:
-            metrics[f"{timed.proof.phase}_launch_ms"] = timed.launch_ms
+            metrics[name if name.endswith("_launch_ms") else f"{name}_median"] = statistics.median(times)
     return metrics

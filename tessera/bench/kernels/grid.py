@@ -22,6 +22,8 @@ from tessera.bench.kernels.options import KernelOptions
 from tessera.errors import ConfigError
 from tessera.runner.device import choose_dtype, dtype_name
 
+PAGE_SIZE = 16
+"""Where none is asked for."""
 _PAGED = (Phase.PREFILL, Phase.DECODE)
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -44,7 +46,8 @@ def make_cases(
     cases = list(dict.fromkeys(case for case in grid.cases()))
     if not cases:
         raise ConfigError(f"--phases {options.phases} leaves nothing to run", "name another of prefill, decode, vision")
-    for flag, value in (("--window", options.window), ("--soft-cap", options.soft_cap)):
+    paged = (("--page-size", options.page_size), ("--window", options.window), ("--soft-cap", options.soft_cap))
+    for flag, value in paged:
         if value is not None and all(case.page_size is None for case in cases):
             raise ConfigError(
                 f"{flag} {value:g} means nothing in vision, and all cases are vision", f"leave out {flag}"
@@ -76,7 +79,8 @@ class _Grid:
             yield KernelCase(parts, heads, dtype, None, mode=options.mode)
             return
         for window in windows:
-            yield KernelCase(parts, heads, dtype, options.page_size, window, options.soft_cap, options.mode)
+            page_size = PAGE_SIZE if options.page_size is None else options.page_size
+            yield KernelCase(parts, heads, dtype, page_size, window, options.soft_cap, options.mode)
 
     def _workloads(self) -> Iterator[tuple[tuple[Group, ...], Heads | None, Sequence[Phase]]]:
         """Groups, the heads that belong to them, and the phases that they are made for."""

@@ -25,7 +25,7 @@ MEMORY_SHARE = 0.8
 
 
 def bytes_needed(case: KernelCase, copies: int) -> int:
-    """Memory that a case takes at most: its tensors, those of its proof, and the answers of a few backends."""
+    """Memory that a case takes at most: its tensors, keys that one backend gathers, and the answers of a few."""
     itemsize, heads, total = getattr(torch, case.dtype).itemsize, case.heads, 0
     for part in case.parts:
         keys = 2 * sum(_slots(kv_len, case.page_size) * heads.kv for _, kv_len in part.lens)

@@ -33,15 +33,15 @@ class KernelOptions:
     default model."""
     dtypes: str = "auto"
     """Comma separated, of float32, bfloat16, float16. auto: the one the engine would take."""
-    page_size: int = 16
-    """Tokens a page."""
+    page_size: int | None = None
+    """Tokens a page. Left out: 16."""
     window: int | None = None
     """A token sees itself and the N - 1 before it. Left out: as --model says, else all."""
     soft_cap: float | None = None
     """Scores become X * tanh(score / X)."""
     eager: bool = False
-    """No CUDA graph, for anyone. Left out: decoding is timed as a graph, as in the engine, where the backend allows
-    it, and without as well."""
+    """No CUDA graph, for anyone. Left out: decoding is timed as a graph where the backend allows it, and eagerly too,
+    which is what the engine does today."""
     graph: bool = False
     """A CUDA graph for every phase; a backend that allows none is a row that says so."""
     repeats: int = 15

@@ -65,7 +65,9 @@ def _machine(records: Iterable[Record]) -> Table:
     measured, name = [], ""
     for row in (row for row in records if row.kind == "ceiling"):
         name = row.provenance.machine.name
-        if "tb_s" in row.metrics:
+        if row.status != "ok":
+            measured.append(f"no {row.case['ceiling']} in {row.case['dtype']} ({row.reason:.100})")
+        elif "tb_s" in row.metrics:
             measured.append(f"{row.case['ceiling']} {_bandwidth(row.metrics['tb_s'])}")
         else:
             measured.append(f"product of matrices in {row.case['dtype']} {row.metrics['tflop_s']:.3g} TFLOP/s")
@@ -80,7 +82,11 @@ def _case(rows: Sequence[Record]) -> Table:
     if case["mode"] != "engine":
         more.append(f"{case['mode']} only")
     timed = sorted((row for row in rows if row.status == "ok"), key=lambda row: row.metrics["ms_median"])
-    bound = f", bound by {timed[0].conditions.settings['bound']}" if timed else ""
+    bound = (
+        f", bound by {timed[0].conditions.settings['bound']}"
+        if timed and "bound" in timed[0].conditions.settings
+        else ""
+    )
     title = (
         ", ".join([f"{case['phase']} {case['workload']}", f"heads {case['heads']}", str(case["dtype"]), *more]) + bound
     )
@@ -101,7 +107,7 @@ def _figures(row: Record, *, in_gb: bool) -> tuple[str, ...]:
         f"{metrics['tok_s']:,.0f}",
         _three(metrics["tflop_s"]),
         _three(metrics["tb_s"] * (1000 if in_gb else 1)),
-        f"{metrics['ceiling_share']:.1%}",
+        f"{metrics['ceiling_share']:.1%}" if "ceiling_share" in metrics else "-",
         _three(metrics["plan_ms"]),
         _timed_as(row),
         ", ".join(dict.fromkeys(kernels)),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tessera.attention.contract import AttentionBackend
-from tessera.attention.prove import claim_problems, family_problems, profile_kernels, proof_alone
-from tessera.attention.step import Bucket
-from tessera.attention.timing import FLUSH_BYTES, Inputs, _capture, _event_ms, _time_plan, _wall_ms
+from tessera.attention.cuda import make_event
+from tessera.attention.prove import proof_of, prove_call
+from tessera.attention.timing import FLUSH_BYTES, Inputs, capture_runs, event_ms, time_plan, wall_ms
 from tessera.bench.kernels.cases import Part
 from tessera.bench.kernels.inputs import Expected
 from tessera.errors import BackendError
@@ -20,9 +22,7 @@ from tessera.types import AttentionProof
 
 PLANS = 5
 """Plans that are made; the quickest counts."""
-LAUNCHES = 25
-"""Calls whose time on the host is taken, where a device does the work; the quickest counts."""
-WARM_UP = "reference check, proof, 1 call"
+WARM_UP = "reference check, proof"
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,65 @@ class Problem:
     device: str
     """As the device calls itself."""
 
-    @property
-    def size(self) -> Bucket:
-        """The sequences that hold most, for a proof."""
-        return Bucket(*max(((g.count, g.q_len, g.kv_len) for g in self.part.groups), key=lambda g: g[0] * g[2]))
+
+class Eager:
+    """A layer, called as it stands."""
+
+    num_layers = 1
+    where = ""
+
+    def __init__(self, backend: AttentionBackend[Any], plan: Any, inputs: Inputs) -> None:
+        self._backend, self._plan, self._inputs = backend, plan, inputs
+
+    def __call__(self) -> None:
+        """The call that is timed."""
+        self.answer()
+
+    def answer(self) -> Tensor:
+        """Of the first copy."""
+        return _run(self._backend, self._plan, self._inputs, 0)
+
+
+class Graph:
+    """A layer, recorded once for each copy of its inputs.
+
+    A CUDA graph holds addresses only, so this holds all that a replay reads and writes: the backend and the plan with
+    their buffers, the inputs, and the answer.
+    """
+
+    where = " in a graph"
+
+    def __init__(self, backend: AttentionBackend[Any], plan: Any, inputs: Inputs) -> None:
+        self._backend, self._plan, self._inputs = backend, plan, inputs
+        self.num_layers = len(inputs.copies)
+        self._answers: dict[int, Tensor] = {}
+        self._graph = capture_runs(self._record, self.num_layers)
+
+    def __call__(self) -> None:
+        """The call that is timed."""
+        self._graph.replay()
+
+    def answer(self) -> Tensor:
+        """Of the first copy, by a replay that must write all of it."""
+        self._answers[0].fill_(torch.nan)
+        self._graph.replay()
+        torch.cuda.synchronize()
+        return self._answers[0]
+
+    def _record(self, number: int) -> None:
+        answer = _run(self._backend, self._plan, self._inputs, number)
+        if number == 0:
+            self._answers[0] = answer  # of the last call, the captured one: the graph writes there
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of calling a layer."""
+
+    measure: Callable[[], float]
+    """Milliseconds of one layer."""
+    check: Callable[[], None]
+    """Raises BackendError where the answer is not the reference's."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +103,16 @@ class Timed:
     """A backend that answered rightly and is what it says; each call of `sample` times it once."""
 
     proof: AttentionProof
+    """Of the very call that is timed, in the way that counts."""
     plan_ms: float
     error: tuple[float, float]
     """See `Expected.errors`."""
     num_checked: int
     """Tokens whose answer was held against the reference."""
-    ways: dict[str, Callable[[], float]]
-    """`graph` or `eager` -> milliseconds of one layer; the first is how it runs in the engine, or as was asked."""
-    launch_ms: float | None = None
-    """Time on the host of one call without a graph, on a GPU; no call without a graph takes less."""
+    ways: dict[str, Way]
+    """`graph` or `eager`; the first counts."""
+    launches: list[float] = field(default_factory=list)
+    """Milliseconds on the host of each timed call without a graph, on a GPU: no such call counts as less."""
 
     @property
     def way(self) -> str:
@@ -65,7 +121,12 @@ class Timed:
 
     def sample(self) -> dict[str, float]:
         """Milliseconds of one layer, once in each way."""
-        return {way: measure() for way, measure in self.ways.items()}
+        return {name: way.measure() for name, way in self.ways.items()}
+
+    def check(self) -> None:
+        """Raise BackendError where what was timed does not answer rightly any more."""
+        for way in self.ways.values():
+            way.check()
 
 
 class Cold:
@@ -84,11 +145,27 @@ class Cold:
     def wall_ms(self, call: Callable[[], object]) -> float:
         """Milliseconds on a CPU."""
         self.empty()
-        return _wall_ms(call)
+        return wall_ms(call)
 
     def event_ms(self, call: Callable[[], object]) -> float:
         """Milliseconds on a GPU, behind a write that also hides the launch."""
-        return _event_ms(call, self.memory)
+        return event_ms(call, self.memory)
+
+    def launched_ms(self, call: Callable[[], object]) -> tuple[float, float]:
+        """Milliseconds of a call on a GPU, and those of them that the host took to launch it.
+
+        A step's layers follow one another, so a layer takes as long as its device or its host, whichever is slower;
+        both are taken of the same call, lest many samples of a slow launch be one measurement said many times.
+        """
+        start, end = make_event(timing=True), make_event(timing=True)
+        self.memory.zero_()
+        start.record()
+        began = time.perf_counter()
+        call()
+        host_ms = 1000 * (time.perf_counter() - began)
+        end.record()
+        end.synchronize()
+        return max(host_ms, float(start.elapsed_time(end))), host_ms
 
 
 def graph_refusal(backend: type[AttentionBackend[Any]], part: Part, mode: str) -> str | None:
@@ -99,76 +176,59 @@ def graph_refusal(backend: type[AttentionBackend[Any]], part: Part, mode: str) -
 
 
 def uses_graph(backend: type[AttentionBackend[Any]], part: Part, mode: str, device_type: str) -> bool:
-    """Whether a graph is how this backend runs: in the engine for decoding, where its limits allow it."""
+    """Whether a backend is timed as a graph: when decoding, or wherever asked for, if its limits allow it."""
     if device_type != "cuda" or mode == "eager" or not backend.limits[part.phase].graphs:
         return False
     return mode == "graph" or part.phase == "decode"
 
 
 def prepare(backend_class: type[AttentionBackend[Any]], problem: Problem, cold: Cold) -> Timed:
-    """Bind, check against the reference, prove, plan. Whatever is wrong is raised, and then there is no time.
+    """Bind, plan, check against the reference, prove. Whatever is wrong is raised, and then there is no time.
 
     BackendError for a wrong answer and for kernels that are not what the backend claims; else what it raises.
     """
-    inputs, part = problem.inputs, problem.part
-    device_type = inputs.shape.device_type
-    backend = backend_class(part.phase, inputs.shape)
-    plan = backend.plan(inputs.batch)
-    answer = _run(backend, plan, inputs, 0)
-    _require_right(backend, problem, answer, "")
-    error = problem.expected.errors(answer)
-    del answer
-    proof = proof_alone(backend, problem.size, problem.device)
-    ways: dict[str, Callable[[], float]] = {}
-    plan_ms, launch_ms = 0.0, None
-    if uses_graph(backend_class, part, problem.mode, device_type):
-        measure, plan_ms = _graph(backend, problem, cold)
-        ways["graph"] = measure
+    # The profiler takes CUPTI down when it ends, and a graph that is profiled after that may crash the process:
+    # torch.profiler itself sets this, but only for graphs of its own compiler.
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")
+    inputs, on_cuda = problem.inputs, problem.inputs.shape.device_type == "cuda"
+    backend = backend_class(problem.part.phase, inputs.shape)
+    calls: dict[str, tuple[Eager | Graph, float]] = {}
+    if uses_graph(backend_class, problem.part, problem.mode, inputs.shape.device_type):
+        _require_right(backend, problem, Eager(backend, backend.plan(inputs.batch), inputs))  # compiles, too
+        captured = backend.plan_capture(inputs.batch)
+        _, plan_ms = time_plan(lambda: backend.update_capture(captured, inputs.batch), PLANS)
+        calls["graph"] = Graph(backend, captured, inputs), plan_ms
     if problem.mode != "graph":
-        plan, eager_plan_ms = _time_plan(lambda: backend.plan(inputs.batch), PLANS)
-        plan_ms = plan_ms if ways else eager_plan_ms
-        if device_type == "cuda":
-            ways["eager"], launch_ms = _eager_on_cuda(backend, plan, inputs, cold)
-        else:
-            _run(backend, plan, inputs, 0)
-            ways["eager"] = lambda: cold.wall_ms(lambda: _run(backend, plan, inputs, 0))
-    return Timed(proof, plan_ms, error, len(problem.expected.rows), ways, launch_ms)
+        plan, plan_ms = time_plan(lambda: backend.plan(inputs.batch), PLANS)
+        calls["eager"] = Eager(backend, plan, inputs), plan_ms
+    errors, proofs, launches = [], [], list[float]()
+    ways: dict[str, Way] = {}
+    for name, (call, _) in calls.items():
+        errors.append(_require_right(backend, problem, call))
+        proofs.append(proof_of(backend, prove_call(backend, call), problem.part.workload, problem.device))
+        ways[name] = _way(backend, problem, call, cold, launches if on_cuda else None)
+    _, plan_ms = calls[next(iter(calls))]
+    return Timed(proofs[0], plan_ms, errors[0], len(problem.expected.rows), ways, launches)
 
 
-def _eager_on_cuda(
-    backend: AttentionBackend[Any], plan: Any, inputs: Inputs, cold: Cold
-) -> tuple[Callable[[], float], float]:
-    """How to time a call without a graph, and the host's part of it, which a short kernel cannot hide."""
-    _run(backend, plan, inputs, 0)
-    torch.cuda.synchronize()
-    launch_ms = min(_wall_ms(lambda: _run(backend, plan, inputs, 0)) for _ in range(LAUNCHES))
-    torch.cuda.synchronize()
-    return lambda: max(launch_ms, cold.event_ms(lambda: _run(backend, plan, inputs, 0))), launch_ms
+def _way(
+    backend: AttentionBackend[Any], problem: Problem, call: Eager | Graph, cold: Cold, launches: list[float] | None
+) -> Way:
+    """How to time a call; where there are `launches`, on a GPU, one without a graph adds the host's time to them."""
 
+    def measure() -> float:
+        if launches is None:
+            return cold.wall_ms(call)
+        if isinstance(call, Graph):
+            return cold.event_ms(call) / call.num_layers
+        milliseconds, host_ms = cold.launched_ms(call)
+        launches.append(host_ms)
+        return milliseconds
 
-def _graph(backend: AttentionBackend[Any], problem: Problem, cold: Cold) -> tuple[Callable[[], float], float]:
-    """How to time a layer within a graph of one call a copy, whose answer and kernels are checked as well."""
-    inputs = problem.inputs
-    plan = backend.plan_capture(inputs.batch)
-    _, plan_ms = _time_plan(lambda: backend.update_capture(plan, inputs.batch), PLANS)
-    answers: dict[int, Tensor] = {}
+    def check() -> None:
+        _require_right(backend, problem, call, " after it was timed")
 
-    def run(number: int) -> Tensor:
-        answer = _run(backend, plan, inputs, number)
-        if number == 0:
-            answers[0] = answer  # of the last call, the captured one: the graph writes there
-        return answer
-
-    num_runs = len(inputs.copies)
-    graph = _capture(run, num_runs)
-    graph.replay()
-    torch.cuda.synchronize()
-    _require_right(backend, problem, answers[0], " in a graph")
-    claim = backend.claim(backend.phase, backend.shape)
-    uses = profile_kernels(graph.replay, "cuda", claim.must)
-    if problems := claim_problems(claim, uses) + family_problems(backend.name, uses):
-        raise BackendError(f"{backend.name} is not what attends in a graph: {'; '.join(dict.fromkeys(problems))}")
-    return lambda: cold.event_ms(graph.replay) / num_runs, plan_ms
+    return Way(measure, check)
 
 
 def _run(backend: AttentionBackend[Any], plan: Any, inputs: Inputs, number: int) -> Tensor:
@@ -176,7 +236,11 @@ def _run(backend: AttentionBackend[Any], plan: Any, inputs: Inputs, number: int)
     return backend.run(plan, q, k, v, sinks)
 
 
-def _require_right(backend: AttentionBackend[Any], problem: Problem, answer: Tensor, where: str) -> None:
-    """Raise BackendError for an answer that is not the reference's."""
+def _require_right(
+    backend: AttentionBackend[Any], problem: Problem, call: Eager | Graph, when: str = ""
+) -> tuple[float, float]:
+    """The errors of a call's answer; BackendError for an answer that is not the reference's."""
+    answer = call.answer()
     if wrong := problem.expected.problem(answer, problem.inputs.copies[0][0]):
-        raise BackendError(f"{backend.name} answers wrongly in {backend.phase}{where}: {wrong}")
+        raise BackendError(f"{backend.name} answers wrongly in {backend.phase}{call.where}{when}: {wrong}")
+    return problem.expected.errors(answer)

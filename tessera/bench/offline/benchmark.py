@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from tessera.bench.benchmark import Done
 from tessera.bench.offline.entrants import Entrant, ours, peers
 from tessera.bench.offline.options import OfflineOptions
+from tessera.bench.offline.racer import Racer, close_all
 from tessera.bench.offline.target import Target, target_of
 from tessera.bench.offline.worker_process import WorkerError, WorkerProcess
 from tessera.bench.offline.workloads import Workload, workload_of
@@ -24,34 +25,10 @@ from tessera.errors import TesseraError
 from tessera.log import logger
 
 
-@dataclass
-class _Racer:
-    """An entrant that was started, or whose start failed."""
-
-    entrant: Entrant
-    subject: Subject
-    process: WorkerProcess | None = None
-    failure: str = ""
-    """Why it can run no more."""
-    no_memory: bool = False
-    facts: dict[str, Any] | None = None
-    """What its worker answered to load."""
-    warmup_seconds: float = 0.0
-
-    def fail(self, error: Exception) -> None:
-        self.failure = str(error) or type(error).__name__
-        self.no_memory = isinstance(error, WorkerError) and error.no_memory
-        self.close()
-
-    def close(self) -> None:
-        if self.process is not None:
-            self.process.close()
-            self.process = None
-
-
 class OfflineBenchmark:
     """Runs one workload on every subject, `repeats` times, in the order A B C, C B A, ...
 
+    What is compared was measured side by side: a repeat that `done` has for some subjects only is measured for all.
     Raises ConfigError where the workload does not fit the model, or for an impossible option.
     """
 
@@ -94,16 +71,18 @@ class OfflineBenchmark:
         for entrant in self._entrants:
             if entrant.reasons and not self._is_done(entrant, 0, done):
                 yield self._row(entrant.subject, "unavailable", 0, reason="; ".join(entrant.reasons))
-        able = [e for e in self._entrants if not e.reasons]
-        able = [e for e in able if not all(self._is_done(e, repeat, done) for repeat in range(self._repeats))]
+        able = [entrant for entrant in self._entrants if not entrant.reasons]
+        repeats = [n for n in range(self._repeats) if not all(self._is_done(entrant, n, done) for entrant in able)]
+        if not repeats:
+            return
         with tempfile.TemporaryDirectory(prefix="tessera-bench-") as scratch:
             racers = None if self._options.one_at_a_time else self._start_all(able, Path(scratch))
             self._order = "one at a time" if racers is None else "in turns"
             if racers is not None:
-                yield from self._race(racers, done)
+                yield from self._race(racers, repeats)
                 return
             for entrant in able:
-                yield from self._race([self._start(entrant, Path(scratch))], done)
+                yield from self._race([self._start(entrant, Path(scratch))], repeats)
 
     def _fitted(self, config: EngineConfig) -> EngineConfig:
         """The engine with room for the work and no more, so that several engines fit a device."""
@@ -113,24 +92,47 @@ class OfflineBenchmark:
         most = min(config.scheduler.max_num_seqs, self.workload.num_prompts)
         return replace(config, model=model, scheduler=replace(config.scheduler, max_num_seqs=most))
 
-    def _start_all(self, entrants: Sequence[Entrant], scratch: Path) -> list[_Racer] | None:
-        """All of them, loaded and warm; None where memory does not hold them beside one another."""
-        racers: list[_Racer] = []
+    def _start_all(self, entrants: Sequence[Entrant], scratch: Path) -> list[Racer] | None:
+        """All of them, loaded and warm; None where memory does not hold them beside one another.
+
+        Whoever does no better alone is not held against the others, who go on beside one another.
+        """
+        alone: dict[str, Racer] = {}
+        while True:
+            racers, wanting = self._start_beside(entrants, scratch, alone)
+            if wanting is None:
+                return racers
+            label = wanting.subject.label
+            logger.info("%s wants memory: trying it alone", label)
+            alone[label] = racer = self._start(wanting, scratch)
+            racer.close()
+            if not self._wants_memory(racer):
+                logger.warning("memory does not hold %s beside the others: one subject at a time", label)
+                return None
+
+    def _start_beside(
+        self, entrants: Sequence[Entrant], scratch: Path, alone: Mapping[str, Racer]
+    ) -> tuple[list[Racer], Entrant | None]:
+        """All of them, and None; or nobody, and the first that may do better alone. Those in `alone` do not."""
+        racers: list[Racer] = []
         try:
             for entrant in entrants:
+                tried = alone.get(entrant.subject.label)
+                if tried is not None and tried.failure:
+                    racers.append(tried)
+                    continue
+                has_others = any(racer.process for racer in racers)
                 racers.append(self._start(entrant, scratch))
-                if len(racers) > 1 and self._wants_memory(racers[-1]):
-                    label = entrant.subject.label
-                    logger.warning("memory does not hold %s beside the others: one subject at a time", label)
-                    _close(racers)
-                    return None
+                if has_others and tried is None and self._wants_memory(racers[-1]):
+                    close_all(racers)
+                    return [], entrant
         except BaseException:
-            _close(racers)
+            close_all(racers)
             raise
-        return racers
+        return racers, None
 
-    def _start(self, entrant: Entrant, scratch: Path) -> _Racer:
-        racer = _Racer(entrant, entrant.subject)
+    def _start(self, entrant: Entrant, scratch: Path) -> Racer:
+        racer = Racer(entrant, entrant.subject)
         logger.info("loading %s", entrant.subject.label)
         try:
             settings = entrant.settings(scratch)
@@ -146,12 +148,12 @@ class OfflineBenchmark:
             raise
         return racer
 
-    def _wants_memory(self, racer: _Racer) -> bool:
+    def _wants_memory(self, racer: Racer) -> bool:
         """Whether it may do better alone. A peer tells why a GPU is too full in the log of its own process only."""
         full = bool(racer.failure) and self.target.device == "cuda"
         return racer.no_memory or full or self._is_short(racer)
 
-    def _is_short(self, racer: _Racer) -> bool:
+    def _is_short(self, racer: Racer) -> bool:
         """Whether an engine of ours got less cache than the work takes because others hold the memory."""
         info = (racer.facts or {}).get("info")
         if info is None or racer.failure or self.config.cache.num_pages is not None:
@@ -160,17 +162,16 @@ class OfflineBenchmark:
         longest = sorted(lengths, reverse=True)[: self.config.scheduler.max_num_seqs]
         return bool(info["num_pages"] < sum(-(-length // info["page_size"]) for length in longest))
 
-    def _race(self, racers: list[_Racer], done: Container[Done]) -> Iterator[Record]:
-        """Every repeat of every racer, the order turned round each time."""
+    def _race(self, racers: list[Racer], repeats: Sequence[int]) -> Iterator[Record]:
+        """These repeats of every racer, the order turned round each time."""
         try:
-            for repeat in range(self._repeats):
+            for repeat in repeats:
                 for racer in racers if repeat % 2 == 0 else racers[::-1]:
-                    if not self._is_done(racer.entrant, repeat, done):
-                        yield self._measure(racer, repeat)
+                    yield self._measure(racer, repeat)
         finally:
-            _close(racers)
+            close_all(racers)
 
-    def _measure(self, racer: _Racer, repeat: int) -> Record:
+    def _measure(self, racer: Racer, repeat: int) -> Record:
         if racer.process is not None:
             try:
                 found = self._pass(racer.process)
@@ -178,7 +179,7 @@ class OfflineBenchmark:
                 return self._ok(racer, repeat, found, memory)
             except (WorkerError, ValueError) as error:
                 racer.fail(error)
-        return self._row(racer.subject, "failed", repeat, reason=racer.failure)
+        return self._row(racer.subject, racer.status, repeat, reason=racer.failure)
 
     def _pass(self, process: WorkerProcess) -> dict[str, Any]:
         """One pass, with as many tokens as were asked for; WorkerError otherwise."""
@@ -193,7 +194,7 @@ class OfflineBenchmark:
             raise WorkerError(f"{num_prompt} prompt tokens were sent, {found['prompt_tokens']} were computed")
         return found
 
-    def _ok(self, racer: _Racer, repeat: int, found: dict[str, Any], memory: dict[str, int]) -> Record:
+    def _ok(self, racer: Racer, repeat: int, found: dict[str, Any], memory: dict[str, int]) -> Record:
         seconds, num_output = float(found["seconds"]), sum(self._output_lens)
         metrics = {
             "seconds": seconds,
@@ -237,7 +238,7 @@ class OfflineBenchmark:
         settings |= {"load_format": config.model.load_format, "ignore_eos": True, **facts.get("settings", {})}
         return Conditions(
             model=self.target.name,
-            dtype=self.target.dtype,
+            dtype=facts.get("dtype", self.target.dtype),
             device=self.target.device,
             seed=config.model.seed,
             warmup=f"{self._options.warmup} x the same work" if self._options.warmup else "none",
@@ -248,8 +249,3 @@ class OfflineBenchmark:
     def _is_done(self, entrant: Entrant, repeat: int, done: Container[Done]) -> bool:
         row = self._row(entrant.subject, "failed", repeat, reason="not run")
         return Done(row.case_key, entrant.subject.label, repeat) in done
-
-
-def _close(racers: Sequence[_Racer]) -> None:
-    for racer in racers:
-        racer.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,6 +20,7 @@ from tessera.bench.record import Subject
 from tessera.bench.subjects import Wanted, subject_of
 from tessera.config import EngineConfig
 from tessera.errors import ConfigError
+from tessera.model.gguf_file import GGUFFile
 from tessera.types import EngineInfo
 
 MODULES = {"vllm": "vllm", "hf": "transformers", "llamacpp": "llama_cpp"}
@@ -90,9 +93,19 @@ def _peer_settings(
         "max_model_len": config.model.max_model_len,
         "enable_prefix_caching": config.cache.enable_prefix_caching,
         "seed": config.model.seed,
+        "file_type": _file_type(target.source.path) if name == "llamacpp" else "",
+        "max_num_seqs": config.scheduler.max_num_seqs,
         "cpu_threads": config.device.cpu_threads,
         "options": options,
     }
+
+
+def _file_type(path: Path) -> str:
+    """The type of most weights of a GGUF file, as ggml writes it: Q4_K."""
+    weights: Counter[str] = Counter()
+    for tensor in GGUFFile(path).tensors.values():
+        weights[tensor.type_name] += math.prod(tensor.shape)
+    return weights.most_common(1)[0][0]
 
 
 def _reasons_against(name: str, python: str, target: Target) -> list[str]:

@@ -34,7 +34,8 @@ class OfflineOptions:
     """Comma separated `vllm=/path/to/python`: the environment that a peer is installed in. Left out: this one."""
     peer_option: str | None = None
     """Comma separated `vllm:gpu_memory_utilization=0.5`: an argument of vllm's LLM, of transformers' from_pretrained
-    (or hf:batch_size), of llama.cpp's parameters (or llamacpp:n_parallel); kept in the row."""
+    (or hf:batch_size), of llama.cpp's parameters (or llamacpp:n_parallel); kept in the row. Left out, these two are
+    as many texts at once as our engine runs, and llama.cpp's threads as many as there are cores."""
     one_at_a_time: bool = False
     """Load one subject after the other and run all its repeats, in place of all loaded at once and taking turns. A
     drift of the machine then meets them differently."""

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from tessera.bench.record import Record
+from tessera.bench.served.rows import newest
 
 HEAD = ("subject", "output tok/s", "total tok/s", "req/s", "s", "latency p50/p99 ms", "peak MiB", "against the first")
 
@@ -17,7 +18,7 @@ HEAD = ("subject", "output tok/s", "total tok/s", "req/s", "s", "latency p50/p99
 def by_subject(rows: Sequence[Record]) -> dict[str, list[Record]]:
     """Rows by label, in the order in which the labels first came."""
     found: dict[str, list[Record]] = {}
-    for row in rows:
+    for row in newest(rows):
         found.setdefault(row.subject.label, []).append(row)
     return found
 
@@ -35,7 +36,7 @@ def table(rows: Sequence[Record], labels: Sequence[str]) -> list[tuple[str, ...]
 
 def reasons(rows: Sequence[Record]) -> list[str]:
     """A line for each subject and reason that there are no figures, or fewer."""
-    lines = (f"{row.subject.label} {row.status}: {row.reason}" for row in rows if row.status != "ok")
+    lines = (f"{row.subject.label} {row.status}: {row.reason}" for row in newest(rows) if row.status != "ok")
     return list(dict.fromkeys(lines))
 
 

@@ -13,7 +13,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from tessera.bench.served.parent import end_with_parent
+
 STDERR_LINES = 5
+STOP_SECONDS = 15.0
 
 
 class WorkerError(Exception):
@@ -28,12 +31,17 @@ class WorkerError(Exception):
 
 
 class WorkerProcess:
-    """One worker. Between two questions it waits on a pipe, computing nothing, and it ends when its parent does."""
+    """One worker, with the processes that it starts a group of its own.
+
+    Between two questions it waits on a pipe, computing nothing. It ends when its parent does, in whatever way; of the
+    others of its group those that are left are killed when it is closed.
+    """
 
     def __init__(self, command: Sequence[str], timeout: float, environment: dict[str, str] | None = None) -> None:
         self._timeout = timeout
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the worker
         self._buffer = b""
+        self._is_busy = False
         try:
             self._process = subprocess.Popen(
                 command,
@@ -41,6 +49,8 @@ class WorkerProcess:
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
                 env=os.environ | (environment or {}),
+                start_new_session=True,
+                preexec_fn=end_with_parent,
             )
         except OSError as error:
             self._stderr.close()
@@ -54,10 +64,12 @@ class WorkerProcess:
     def ask(self, op: str, **message: Any) -> dict[str, Any]:
         """Its answer; WorkerError where there is none, or where it is a refusal."""
         assert self._process.stdin is not None
+        self._is_busy = True
         with contextlib.suppress(BrokenPipeError):  # it died: the missing answer says so
             self._process.stdin.write(json.dumps({"op": op, **message}).encode() + b"\n")
             self._process.stdin.flush()
         answer: dict[str, Any] = json.loads(self._read_line(op))
+        self._is_busy = False
         if "unavailable" in answer:
             raise WorkerError(answer["unavailable"], unavailable=True)
         if "error" in answer:
@@ -67,19 +79,25 @@ class WorkerProcess:
         return answer
 
     def close(self) -> None:
-        """Tell it to end, and see to it."""
+        """Tell it to end, and see to it; one that has not answered yet is not waited for."""
+        if self._is_busy:
+            self._kill()
         with contextlib.suppress(OSError, ValueError):
             assert self._process.stdin is not None
             self._process.stdin.write(b'{"op": "quit"}\n')
             self._process.stdin.close()
-        try:
-            self._process.wait(15)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_SECONDS)
+        self._kill()
+        self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._stderr.close()
+
+    def _kill(self) -> None:
+        """It and what it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _read_line(self, op: str) -> bytes:
         assert self._process.stdout is not None
@@ -87,7 +105,7 @@ class WorkerProcess:
         while b"\n" not in self._buffer:
             ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
-                self._process.kill()
+                self._kill()
                 raise WorkerError(f"{op} took longer than {self._timeout:g} s{self._tail()}")
             piece = os.read(descriptor, 1 << 20)
             if not piece:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,9 +22,11 @@ from tessera.bench.served.latency import (
     samples,
     summary,
     throughput,
+    wrong_lengths,
 )
+from tessera.bench.served.rows import device_type
 from tessera.bench.served.servers import Server
-from tessera.bench.served.targets import OwnTarget, Target
+from tessera.bench.served.targets import OwnTarget, Target, UrlTarget
 from tessera.errors import ConfigError, TesseraError
 from tessera.log import logger
 
@@ -53,7 +56,9 @@ class OnlineBenchmark:
 
     A server is alone on the machine: ours are started for a repeat and stopped after it. Every second repeat takes
     targets and scales in reverse order, so that none always comes first. All targets get the very same calls; the
-    prompts of each scale and repeat are new, so that no replay profits from what another left in a prefix cache.
+    prompts of each scale and repeat are new, so that no replay profits from what another left in a prefix cache; where
+    a server stays up, those of each run too. What is compared was measured in one run: a scale that `done` has for some
+    targets only is measured for all.
     """
 
     kind: Kind = "online"
@@ -78,14 +83,18 @@ class OnlineBenchmark:
         self._provenance = self._provenance or provenance(self._command)
         for repeat in range(self.repeats):
             step = -1 if repeat % 2 else 1
+            left = {
+                target.label: [s for s in self.replay.scales if not self._is_done(target, repeat, s, done)]
+                for target in self.targets
+            }
+            of_any = [scale for target in self.targets if not target.reasons for scale in left[target.label]]
             for target in self.targets[::step]:
-                scales = [
-                    scale
-                    for scale in self.replay.scales[::step]
-                    if Done(self._row(target, repeat, scale, "left out").case_key, target.label, repeat) not in done
-                ]
-                if scales:
+                wanted = left[target.label] if target.reasons else of_any
+                if scales := [scale for scale in self.replay.scales[::step] if scale in wanted]:
                     yield from self._of(target, repeat, scales)
+
+    def _is_done(self, target: Target, repeat: int, scale: float, done: Container[Done]) -> bool:
+        return Done(self._row(target, repeat, scale, "left out").case_key, target.label, repeat) in done
 
     def _of(self, target: Target, repeat: int, scales: Sequence[float]) -> Iterator[Record]:
         """The rows of one target in one repeat."""
@@ -139,6 +148,7 @@ class OnlineBenchmark:
             "slo_ttft_ms": replay.promise.ttft_ms,
             "slo_tpot_ms": replay.promise.tpot_ms,
             "timeout_s": replay.timeout_s,
+            "prompt_salt": self._run_salt,
             "order": "targets and scales reversed every second repeat",
             "server": f"started for each repeat: {' '.join(target.flags)}"
             if isinstance(target, OwnTarget)
@@ -159,15 +169,21 @@ class OnlineBenchmark:
         return Conditions(
             model=info.model if info else server.model,
             dtype=info.dtype if info else "",
-            device=info.device.partition(" ")[0] if info else "",
+            device=device_type(info),
             seed=self.replay.seed,
-            warmup=f"{self.replay.num_warmup} requests at once, prompts of their own, after each start",
+            warmup=f"{self.replay.num_warmup} requests at once, prompts of their own, once after each start",
             cache=target.cache,
             settings=settings,
         )
 
+    @property
+    def _run_salt(self) -> str:
+        """What tells this run's prompts from those that a server which stays up was sent before; '' for ours."""
+        return self._where.run if any(isinstance(target, UrlTarget) for target in self.targets) else ""
+
     def _salt(self, repeat: int, scale: float) -> tuple[int, ...]:
-        return (self.replay.seed, repeat, round(scale * 1e6))
+        of_run = int.from_bytes(hashlib.sha256(self._run_salt.encode()).digest()[:8])
+        return (self.replay.seed, repeat, round(scale * 1e6), *([of_run] if self._run_salt else []))
 
     def _warm_up(self, server: Server, model: str, repeat: int) -> None:
         replay = self.replay
@@ -175,7 +191,15 @@ class OnlineBenchmark:
         if not calls:
             return
         load = asyncio.run(
-            closed_loop(server.url, model, calls, len(calls), timeout_s=replay.timeout_s, headers=server.headers)
+            closed_loop(
+                server.url,
+                model,
+                calls,
+                len(calls),
+                timeout_s=replay.timeout_s,
+                headers=server.headers,
+                dialect=server.dialect,
+            )
         )
         if load.failed:
             raise TesseraError(f"in the warm-up {failures(load)}", "see the server's log")
@@ -183,7 +207,9 @@ class OnlineBenchmark:
     def _load(self, server: Server, model: str, repeat: int, scale: float) -> Load:
         replay = self.replay
         calls = calls_of(replay.trace, replay.vocabulary, scale=scale, salt=self._salt(repeat, scale))
-        return asyncio.run(open_loop(server.url, model, calls, timeout_s=replay.timeout_s, headers=server.headers))
+        headers, dialect = server.headers, server.dialect
+        loop = open_loop(server.url, model, calls, timeout_s=replay.timeout_s, headers=headers, dialect=dialect)
+        return asyncio.run(loop)
 
     def _judged(self, row: Record, load: Load, server: Server) -> Record:
         """The row with the load's figures, or with the reasons of those of its requests that failed."""
@@ -193,10 +219,10 @@ class OnlineBenchmark:
             notes.append(warning)
         if any(reply.token_counts == "spread" for reply in load.replies if reply.ok):
             notes.append("tokens spread over chunks: the server does not tell the tokens of each")
-        if load.failed:
-            return replace(row, subject=replace(row.subject, note="; ".join(notes)), reason=failures(load))
+        if problem := failures(load) or self._wrong_lengths(load):
+            return replace(row, subject=replace(row.subject, note="; ".join(notes)), reason=problem)
         rounded = {name: [round(value, 4) for value in values] for name, values in samples(load).items()}
-        figures = metrics(load, self.replay.promise) | _memory(server)
+        figures = metrics(load, self.replay.promise) | server.memory()
         if figures.get("cached_prompt_share", 0) > (share := self.replay.trace.shared_share) + 0.01:
             found = (
                 f"{figures['cached_prompt_share']:.0%} of the prompts were found in it, the trace shares {share:.0%}"
@@ -207,6 +233,12 @@ class OnlineBenchmark:
             return replace(row, subject=subject, status="ok", reason="", metrics=figures, samples=rounded)
         except ValueError as error:  # without a proof that fits there is no figure
             return replace(row, subject=subject, reason=str(error))
+
+    def _wrong_lengths(self, load: Load) -> str:
+        """Which prompts of token ids the server counted otherwise; of texts nobody knows how many they are."""
+        if self.replay.vocabulary.is_text:
+            return ""
+        return wrong_lengths(load.replies, [arrival.input_tokens for arrival in self.replay.trace.arrivals])
 
 
 def metrics(load: Load, promise: Promise) -> dict[str, float]:
@@ -223,8 +255,3 @@ def metrics(load: Load, promise: Promise) -> dict[str, float]:
     if prompt and all(tokens is not None for tokens in cached):
         found["cached_prompt_share"] = sum(tokens or 0 for tokens in cached) / prompt
     return found
-
-
-def _memory(server: Server) -> dict[str, float]:
-    held = {"peak_memory_bytes": server.peak_memory_bytes(), "gpu_memory_bytes": server.gpu_memory_bytes()}
-    return {name: float(size) for name, size in held.items() if size is not None}

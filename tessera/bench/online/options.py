@@ -31,7 +31,8 @@ class OnlineOptions:
     scales: str = "0.4,0.6,0.8,1.0,1.2,1.4,1.6"
     """Comma separated: gaps between arrivals are multiplied by each in turn, so the smallest is the heaviest load."""
     num_warmup: int = 4
-    """Requests sent at once to each server before the clock starts, with prompts that share nothing with the others."""
+    """Requests sent at once to each server before the clock starts, with prompts that share nothing with the others. A
+    larger batch than that is run for the first time under the clock."""
     slo_ttft_ms: float = 1000.0
     """A request is good, for goodput, when its first token comes within this time ..."""
     slo_tpot_ms: float = 100.0

@@ -10,6 +10,7 @@ import msgspec
 
 from tessera.bench.record import Record
 from tessera.bench.served.latency import PERCENTILES, percentile
+from tessera.bench.served.rows import newest
 
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
 RATES = ("req_s", "output_tok_s", "total_tok_s", "goodput_share", "goodput_req_s")
@@ -56,7 +57,7 @@ def _cells(entry: dict[str, Any]) -> tuple[str, ...]:
 def _groups(rows: Sequence[Record]) -> list[list[Record]]:
     """The repeats of each case and subject, by scale."""
     groups: dict[tuple[str, str], list[Record]] = {}
-    for row in sorted(rows, key=lambda row: (float(row.case["scale"] or 0), row.repeat)):
+    for row in sorted(newest(rows), key=lambda row: (float(row.case["scale"] or 0), row.repeat)):
         groups.setdefault((row.case_key, row.subject.label), []).append(row)
     return list(groups.values())
 

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from tessera.errors import ConfigError
 
@@ -38,21 +39,26 @@ class Trace:
         """Tokens of the longest request, its answer included."""
         return max(each.input_tokens + each.output_tokens for each in self.arrivals)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Eight characters that differ where the requests do."""
         lines = "\n".join(f"{each}" for each in self.arrivals)
         return hashlib.sha256(f"{self.block_tokens}\n{lines}".encode()).hexdigest()[:8]
 
-    @property
+    @cached_property
     def shared_share(self) -> float:
-        """Of all prompt tokens, those that begin a prompt as an earlier one began: what a prefix cache can save."""
-        seen, shared = set[tuple[int, ...]](), 0
+        """Of all prompt tokens, those that begin a prompt as an earlier one began: what a prefix cache can save.
+
+        Beginnings are numbered as nodes of a trie, so that each block is looked at once.
+        """
+        nodes, shared = dict[tuple[int, int], int](), 0
         for each in self.arrivals:
-            beginnings = [each.hash_ids[: end + 1] for end in range(len(each.hash_ids))]
-            num_known = next((i for i, ids in enumerate(beginnings) if ids not in seen), len(beginnings))
+            at, num_known, known = 0, 0, True
+            for block in each.hash_ids:
+                known = known and (at, block) in nodes
+                num_known += known
+                at = nodes.setdefault((at, block), len(nodes) + 1)
             shared += min(num_known * self.block_tokens, each.input_tokens)
-            seen.update(beginnings)
         return shared / sum(each.input_tokens for each in self.arrivals)
 
     def first(self, number: int) -> Trace:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from tessera.bench.record import Record
 from tessera.bench.report import figures, kernel_figures, tables
 from tessera.bench.report.caveats import caveats
+from tessera.bench.report.compared import is_named
 from tessera.bench.report.document import Block, Bullets, Code, Figure, Report, Section, Table
 from tessera.bench.report.rows import Rows, Session, arrange
 from tessera.bench.report.verdict import verdict
@@ -27,7 +28,7 @@ def build(records: Sequence[Record], title: str | None = None, baseline: str | N
     if not records:
         raise ConfigError("the result files have no rows", "run a benchmark first, as `tessera bench offline`")
     rows = arrange(records)
-    if baseline is not None and baseline not in rows.labels:
+    if baseline is not None and not any(is_named(baseline, each) for each in rows.labels):
         there = ", ".join(rows.labels) or "none"
         raise ConfigError(f"--baseline {baseline}: no row with figures has this label", f"there are: {there}")
     sections = [*_kinds(rows, baseline), _ran(rows), *_lost(rows), *_caveats(rows), _repeat(rows)]
@@ -122,7 +123,8 @@ def _repeat(rows: Rows) -> Section:
     how = (
         "A ratio is a geometric mean over pairs of repeats. Its interval is the wider of a bootstrap and Student's t "
         "on log ratios; verdicts are corrected for the number of cells judged together (Holm), and below 1% nothing is "
-        "called a difference."
+        "called a difference. Two are level where the whole interval lies within 5%. Kernels of one run are compared "
+        "round by round, as they took turns."
     )
     commits = ", ".join(dict.fromkeys(row.provenance.commit for row in rows.records))
     return Section(

@@ -21,6 +21,7 @@ def caveats(rows: Rows) -> list[str]:
         *_places(rows),
         *_code(rows),
         *_client(rows),
+        *_resumed(rows),
         *_repeats(rows),
         *_drift(rows),
         *_caches(rows),
@@ -50,15 +51,30 @@ def _code(rows: Rows) -> Iterator[str]:
 
 
 def _client(rows: Rows) -> Iterator[str]:
-    for session in rows.of("online", "api"):
-        hot = [row for row in session.rows if row.metrics.get("client_cpu", 0) > MAX_CLIENT_CPU]
-        told = [row for row in session.rows if "bottleneck" in row.subject.note or "bottleneck" in row.reason]
-        if hot:
-            top = max(row.metrics["client_cpu"] for row in hot)
-            count = f"{len(hot)} of {len(session.rows)} {session.kind} rows"
-            yield f"The client may have been the bottleneck in {count}: it used up to {top:.0%} of a core."
-        elif told:
-            yield f"The client may have been the bottleneck in {len(told)} of {len(session.rows)} {session.kind} rows."
+    yield from filter(None, map(client_doubt, rows.of("online", "api")))
+
+
+def client_doubt(session: Session) -> str:
+    """Where the client itself may be what was measured; '' where it is not in doubt."""
+    hot = [row for row in session.rows if row.metrics.get("client_cpu", 0) > MAX_CLIENT_CPU]
+    told = [row for row in session.rows if "bottleneck" in row.subject.note or "bottleneck" in row.reason]
+    num = sum(row in hot or row in told for row in session.rows)
+    if not num:
+        return ""
+    lag = max((row.metrics.get("client_lag_ms", 0.0) for row in told), default=0.0)
+    facts = [f"it used up to {max(row.metrics['client_cpu'] for row in hot):.0%} of a core"] if hot else []
+    facts += [f"it sent a call up to {lag:.1f} ms late"] if lag else []
+    why = f": {' and '.join(facts)}" if facts else ""
+    return f"The client may have been the bottleneck in {num} of {len(session.rows)} {session.kind} rows{why}."
+
+
+def _resumed(rows: Rows) -> Iterator[str]:
+    for session in rows.sessions:
+        if num := sum(bool(row.provenance.continues) for row in session.rows):
+            yield (
+                f"{num} of {len(session.rows)} {session.kind} rows come of a run that was interrupted and resumed: "
+                "they are no pairs with what was measured before."
+            )
 
 
 def _repeats(rows: Rows) -> Iterator[str]:
@@ -123,7 +139,7 @@ def _caches(rows: Rows) -> Iterator[str]:
 
 def _subjects(rows: Rows) -> Iterator[str]:
     ran = [row for row in rows.records if row.status == "ok" and row.kind != "ceiling"]
-    others = sorted({row.subject.label for row in ran if row.subject.engine != "tessera"})
+    others = sorted({row.subject.label for row in ran if row.subject.engine not in ("tessera", "none", "torch")})
     if others:
         yield f"{', '.join(others)}: other engines, with their own defaults, and not proven by us which kernels ran."
     for session in rows.of("offline", "online", "api", "ttft"):
@@ -139,4 +155,4 @@ def _subjects(rows: Rows) -> Iterator[str]:
     ):
         yield "A subject was asked for one backend and served by another: see what ran."
     if rows.lost:
-        yield f"{len(rows.lost)} of {len(rows.records)} rows have no figures; their reasons are below."
+        yield f"{len(rows.lost)} of {len(rows.records)} rows have no figures; their reasons are under What did not run."

@@ -14,6 +14,8 @@ from tessera.bench.report.rows import Rows, Session, Style
 from tessera.bench.statistics import median
 
 Styles = dict[str, Style]
+MIN_FOR_P99 = 100
+"""Requests."""
 LATENCIES = ("ttft", "tpot", "itl", "e2e")
 
 
@@ -25,7 +27,8 @@ def online(rows: Rows, session: Session) -> list[Figure]:
         panels = [_latency_panel(session, rows.styles, cases, name) for name in names]
         if panels:
             about = f" ({group})" if group else ""
-            text = f"Latency online{about}: p90 as a curve, p50 to p90 as a band, p99 hollow; median of the repeats."
+            tail = ", p99 hollow" if with_tail(session, cases) else f" (no p99 of fewer than {MIN_FOR_P99} requests)"
+            text = f"Latency online{about}: p90 as a curve, p50 to p90 as a band{tail}; median of the repeats."
             table = _latency_table(rows, session, cases, names, about)
             figures.append(Figure(_name("online-latency", group), text, panels, session.labels, table))
     return figures
@@ -124,8 +127,8 @@ def _latency_panel(session: Session, styles: Styles, cases: Sequence[str], name:
         everything: list[float] = []
         for label in session.labels:
             curves = {
-                part: [(x, median(found)) for x, found in _points(session, label, cases, "scale", f"{name}_ms_{part}")]
-                for part in ("p50", "p90", "p99")
+                part: [(x, median(found)) for x, found in _points(session, label, chosen, "scale", f"{name}_ms_{part}")]
+                for part, chosen in (("p50", cases), ("p90", cases), ("p99", with_tail(session, cases)))
             }
             _draw_latency(axes, curves, styles[label])
             everything += [y for curve in curves.values() for _, y in curve]
@@ -141,6 +144,16 @@ def _latency_panel(session: Session, styles: Styles, cases: Sequence[str], name:
     return Panel(
         f"{name.upper()} (ms)", draw, f"Curves of {name.upper()} p90 in ms over the scale of the trace. {said}"
     )
+
+
+def with_tail(session: Session, cases: Sequence[str]) -> list[str]:
+    """Cases with enough requests for a p99; below `MIN_FOR_P99` it would be about the slowest single one."""
+    known: dict[str, int] = {}
+    for row in session.rows:
+        asked = row.case.get("num_requests")
+        num = asked if isinstance(asked, int) else max(map(len, row.samples.values()), default=MIN_FOR_P99)
+        known[row.case_key] = min(num, known.get(row.case_key, num))
+    return [case for case in cases if known.get(case, 0) >= MIN_FOR_P99]
 
 
 def _draw_latency(axes: Axes, curves: dict[str, list[tuple[float, float]]], style: Style) -> None:
@@ -198,7 +211,8 @@ def _said(session: Session, cases: Sequence[str], axis: str, metric: str) -> str
 
 def _latency_table(rows: Rows, session: Session, cases: Sequence[str], names: Sequence[str], about: str) -> Table:
     metrics = [f"{name}_ms_{part}" for name in names for part in ("p50", "p90", "p99")]
-    metrics = [name for name in metrics if name in session.metrics]
+    tails = bool(with_tail(session, cases))
+    metrics = [name for name in metrics if name in session.metrics and (tails or not name.endswith("_p99"))]
     columns = ["scale", "subject", *(title(name).removesuffix(" (ms)") for name in metrics)]
     body = _axis_rows(rows, session, cases, "scale", metrics)
     return Table(f"Latency in ms{about}, median of the repeats", columns, body)

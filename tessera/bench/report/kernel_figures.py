@@ -57,17 +57,22 @@ def _roof_points(session: Session, cases: Sequence[str]) -> list[Point]:
 
 
 def _ceilings(rows: Rows, session: Session, cases: Sequence[str]) -> tuple[dict[str, float], float | None]:
-    """TFLOP/s by dtype and TB/s, of ceilings measured on this machine; only for dtypes that the cases have."""
+    """TFLOP/s by dtype and TB/s, of ceilings measured on this machine; only for dtypes that the cases have.
+
+    On a CPU float32 too, which is the ceiling of types that the processor cannot multiply.
+    """
     dtypes = {str(session.case_of[case].get("dtype", "")) for case in cases}
+    dtypes |= {"float32"} if session.device == "cpu" else set()
     flops: dict[str, float] = {}
     moved: list[float] = []
     for other in rows.of("ceiling"):
         if (other.machine, other.device) == (session.machine, session.device):
             for row in other.rows:
                 dtype = str(row.case.get("dtype", ""))
-                if dtype in dtypes and "gemm_tflop_s" in row.metrics:
-                    flops[dtype] = max(flops.get(dtype, 0.0), row.metrics["gemm_tflop_s"])
-                moved += [row.metrics[name] for name in ("copy_tb_s", "read_tb_s") if name in row.metrics]
+                if row.case.get("ceiling") != "gemm":
+                    moved.append(row.metrics["tb_s"])
+                elif dtype in dtypes:
+                    flops[dtype] = max(flops.get(dtype, 0.0), row.metrics["tflop_s"])
     return flops, max(moved, default=None)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -12,7 +12,7 @@ from tessera.bench.provenance import Machine
 from tessera.bench.record import Record, Subject, Value
 
 Pair = tuple[str, int]
-"""A run and a repeat: values of two subjects that share one are a pair."""
+"""The run that measured, and a repeat: values of two subjects that share one were measured side by side."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,18 @@ class Session:
         """That of the label's first row."""
         return next(row.subject for row in self.rows if row.subject.label == label)
 
+    def subjects(self, label: str) -> list[Subject]:
+        """Those of all the label's rows."""
+        return [row.subject for row in self.rows if row.subject.label == label]
+
     def dtypes(self, label: str) -> list[str]:
         """What the label ran in."""
         found = dict.fromkeys(row.conditions.dtype for row in self.rows if row.subject.label == label)
         return [dtype for dtype in found if dtype]
+
+    def case_dtypes(self, case: str) -> set[str]:
+        """What a case was run in."""
+        return {row.conditions.dtype for row in self.rows if row.case_key == case}
 
     def varying(self) -> list[str]:
         """Names of what differs between the cases."""
@@ -107,6 +115,11 @@ class Session:
             if self.case_of[key].get(axis) is not None:
                 groups.setdefault(self.case_text(key, without=[axis]), []).append(key)
         return groups
+
+    @property
+    def place(self) -> tuple[Machine, str, str]:
+        """Machine, model and device: figures of other places do not belong beside these."""
+        return self.machine, self.model, self.device
 
     @property
     def where(self) -> str:
@@ -140,16 +153,34 @@ class Rows:
 def arrange(records: Sequence[Record]) -> Rows:
     """Sort rows into sessions. A label that ran in several dtypes of one case becomes one label for each."""
     records = _told_apart(_last_of_each(records))
+    begun = {row.provenance.run: row.provenance.command for row in records}
+    done = [row for row in records if row.status == "ok" and row.metrics]
+    devices: dict[bytes, set[str]] = {}
+    for row in done:
+        devices.setdefault(_key(_identity(row, "", begun)), set()).update({row.conditions.device} - {""})
     sessions: dict[bytes, Session] = {}
-    for row in records:
-        if row.status == "ok" and row.metrics:
-            where, about = row.provenance, row.conditions
-            identity = (row.kind, where.machine, about.model, about.device, where.command, where.commit)
-            key = msgspec.json.encode(identity)
-            sessions.setdefault(key, Session(*identity)).rows.append(row)
+    for row in done:
+        known = devices[_key(_identity(row, "", begun))]
+        device = row.conditions.device or (next(iter(known)) if len(known) == 1 else "")  # of a URL it is not known
+        identity = _identity(row, device, begun)
+        sessions.setdefault(_key(identity), Session(*identity)).rows.append(row)
     kinds = (session for session in sessions.values() if session.kind != "ceiling")
     labels = list(dict.fromkeys(label for session in kinds for label in session.labels))
     return Rows(records, list(sessions.values()), {label: _style(index) for index, label in enumerate(labels)})
+
+
+_Identity = tuple[str, Machine, str, str, str, str]
+
+
+def _identity(row: Record, device: str, begun: Mapping[str, str]) -> _Identity:
+    """What rows of one session share; those of a run that was resumed have the command of the run that it continues."""
+    where = row.provenance
+    command = begun.get(where.continues, where.command)
+    return row.kind, where.machine, row.conditions.model, device, command, where.commit
+
+
+def _key(identity: _Identity) -> bytes:
+    return msgspec.json.encode(identity)
 
 
 def _style(index: int) -> Style:
@@ -157,19 +188,21 @@ def _style(index: int) -> Style:
 
 
 def _last_of_each(records: Iterable[Record]) -> list[Record]:
-    """What was run again, as after a failure, counts once."""
+    """What was run again within a run, or in one that continues it, counts once; failures of other runs stay."""
     latest: dict[tuple[object, ...], Record] = {}
     for row in records:
-        where = row.provenance
-        key = (where.run, where.command, row.case_key, row.subject.label, row.conditions.dtype, row.repeat)
-        latest[key] = row
-    served = {_again(row) for row in latest.values() if row.status == "ok"}
-    return [row for row in latest.values() if row.status != "failed" or _again(row) not in served]
+        latest[_what(row, row.conditions.dtype), row.provenance.run] = row
+    served = {
+        _what(row, dtype) for row in latest.values() if row.status == "ok" for dtype in ("", row.conditions.dtype)
+    }
+    return [row for row in latest.values() if row.status == "ok" or _what(row, row.conditions.dtype) not in served]
 
 
-def _again(row: Record) -> tuple[object, ...]:
+def _what(row: Record, dtype: str) -> tuple[object, ...]:
+    """The same for attempts at one row."""
     where = row.provenance
-    return where.command, where.commit, where.machine.name, row.case_key, row.subject.label, row.repeat
+    begun = where.continues or where.run
+    return begun, where.commit, where.machine.name, row.case_key, row.subject.label, dtype, row.repeat
 
 
 def _told_apart(records: list[Record]) -> list[Record]:

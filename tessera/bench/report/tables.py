@@ -41,7 +41,7 @@ def _standing_row(rows: Rows, each: Standing) -> list[Cell | str]:
     interval = "-" if found.verdict == "too few repeats" else f"{found.low:.2f} to {found.high:.2f}"
     tones: dict[str, Tone] = {"faster": "good", "slower": "bad"}
     verdict = Cell(found.verdict, tone=tones.get(found.verdict, "muted"))
-    repeats, cases = str(found.num_repeats), str(each.num_cases)
+    repeats, cases = str(found.num_repeats), each.cases_text
     return [named(rows, each.label), title(each.metric), f"{found.ratio:.2f}x", interval, repeats, cases, verdict]
 
 
@@ -103,7 +103,7 @@ def memory(rows: Rows) -> Table | None:
 def answers(rows: Rows, session: Session) -> Table:
     """What quality measured, with the offline speed beside it where that was measured too."""
     metrics = [name for name in session.metrics if not name.endswith("stderr")]
-    speed = _speeds(rows)
+    speed = _speeds(rows, session)
     columns = [
         "subject",
         *(["case"] if len(session.cases) > 1 else []),
@@ -137,21 +137,23 @@ def _stderr(session: Session, label: str, case: str, metric: str) -> float | Non
     return next((value for value in found if value is not None), None)
 
 
-def _speeds(rows: Rows) -> dict[tuple[str, str], list[float]]:
-    """Offline output tok/s of each label in each type."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for session in rows.of("offline"):
-        for row in session.rows:
-            if "output_tok_s" in row.metrics:
-                key = row.subject.label, row.conditions.dtype
-                found.setdefault(key, []).append(row.metrics["output_tok_s"])
+def _speeds(rows: Rows, session: Session) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """Offline output tok/s of each label in each type, by case; on the machine and of the model of `session` only."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for other in rows.of("offline"):
+        if other.place == session.place:
+            for row in other.rows:
+                if "output_tok_s" in row.metrics:
+                    cases = found.setdefault((row.subject.label, row.conditions.dtype), {})
+                    cases.setdefault(row.case_key, []).append(row.metrics["output_tok_s"])
     return found
 
 
-def _speed(speeds: dict[tuple[str, str], list[float]], session: Session, label: str, case: str) -> str:
+def _speed(speeds: dict[tuple[str, str], dict[str, list[float]]], session: Session, label: str, case: str) -> str:
+    """Of the one offline case; `-` where there are several, for their median would be nobody's."""
     dtypes = {row.conditions.dtype for row in session.rows if (row.subject.label, row.case_key) == (label, case)}
-    values = [value for dtype in dtypes for value in speeds.get((label, dtype), [])]
-    return digits(median(values)) if values else "-"
+    cases = [values for dtype in dtypes for values in speeds.get((label, dtype), {}).values()]
+    return digits(median(cases[0])) if len(cases) == 1 else "-"
 
 
 def lost(rows: Rows) -> Table | None:

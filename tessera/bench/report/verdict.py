@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from tessera.bench.record import Subject
-from tessera.bench.report.compared import HEADLINES, Standing, baseline_of, standings
-from tessera.bench.report.kernels_seen import PhaseFact, because, explained, phase_facts
+from tessera.bench.report.caveats import client_doubt
+from tessera.bench.report.compared import HEADLINES, Standing, baseline_of, best_supported, is_named, standings
+from tessera.bench.report.kernels_seen import all_proven, because, explained, phase_facts
 from tessera.bench.report.metrics import number, title
-from tessera.bench.report.quality import losses
+from tessera.bench.report.quality import is_reference, losses, remarks
 from tessera.bench.report.rows import Rows, Session
+from tessera.bench.report.words import in_words, listed, repeats, spread, within_run
 from tessera.bench.statistics import Comparison, median
 
 _WHERE = {"offline": "offline", "online": "online", "api": "behind the API", "ttft": "to the first token"}
@@ -31,30 +31,6 @@ def verdict(rows: Rows, asked: str | None) -> list[str]:
     return [f"Nothing was measured: all {len(rows.lost)} rows failed or were unavailable; the reasons are below."]
 
 
-def spread(found: Comparison) -> str:
-    """`95% interval 1.31 to 1.39, 5 repeats`."""
-    repeats = f"{found.num_repeats} repeat{'' if found.num_repeats == 1 else 's'}"
-    if math.isinf(found.high):
-        return repeats
-    return f"95% interval {found.low:.2f} to {found.high:.2f}, {repeats}"
-
-
-def in_words(found: Comparison) -> str:
-    """`1.35x faster (95% interval ...)`, `unchanged (no difference that 5 repeats can show, ...)`."""
-    if found.verdict == "no difference":
-        return f"unchanged (no difference that {spread_repeats(found)} can show: {found.low:.2f} to {found.high:.2f})"
-    factor = found.ratio if found.ratio >= 1 else 1 / found.ratio
-    word = "faster" if found.ratio >= 1 else "slower"
-    if found.verdict == "too few repeats":
-        return f"{factor:.2f}x {word} in {spread_repeats(found)}, too few to tell from noise"
-    return f"{factor:.2f}x {word} ({spread(found if found.ratio >= 1 else found.inverse)})"
-
-
-def spread_repeats(found: Comparison) -> str:
-    """`5 repeats`; of kernels, `1 run`."""
-    return f"{found.num_repeats} repeat{'' if found.num_repeats == 1 else 's'}"
-
-
 def _session_verdict(rows: Rows, session: Session, asked: str | None) -> list[str]:
     """The finding, and what there is to say about it; [] for nothing."""
     metric = next((name for name in HEADLINES[session.kind] if name in session.metrics), None)
@@ -66,21 +42,41 @@ def _session_verdict(rows: Rows, session: Session, asked: str | None) -> list[st
     if session.kind == "ttft":
         return [prefix + text for text in [_first_token(session, asked)] if text]
     ours = [label for label in session.labels if session.subject(label).engine == "tessera"]
-    baseline = baseline_of(ours if len(ours) > 1 else session.labels, asked)
+    is_theirs = any(is_named(asked, label) for label in session.labels) if asked else False
+    baseline = baseline_of(ours if len(ours) > 1 and not is_theirs else session.labels, asked)
     table = standings(session, baseline, metric)
     if not table:
         return [prefix + f"{_where(session)}, no two subjects share a case: nothing is compared."]
-    top = next((each for each in table if each.label in ours), table[0])
+    rivals = [each for each in table if each.label in ours] or table
+    top = best_supported(rivals)
     best, other, found = _leader(top)
-    a, b = session.subject(best), session.subject(other)
     if session.kind == "online":
-        first, why = _online(session, best, other, phase_facts(a, b)), ""
+        first, why = _online(session, best, other), ""
     else:
-        first, why = _one(session, best, other, found, metric, top.num_cases), explained(a, b)
+        first, why = _one(session, best, other, found, metric, top), explained(session, best, other)
     peers = [label for label in session.labels if label not in (*ours, best, other)]
-    rest = [why, _price(rows, best, other), _level(session, best, metric, other), _peers(session, best, metric, peers)]
-    more = " ".join(part for part in [*rest, _other_dtype(session, best, other)] if part)
+    noisy = _noisy(rivals, top)
+    rest = [
+        why,
+        _other_dtype(session, best, other),
+        client_doubt(session),
+        *noisy.values(),
+        _level(session, best, metric, [other, *noisy, *peers]),
+        _price(rows, session, best, other),
+        _peers(session, best, metric, peers),
+    ]
+    more = " ".join(part for part in rest if part)
     return [prefix + first, *([more] if more else [])]
+
+
+def _noisy(table: Sequence[Standing], top: Standing) -> dict[str, str]:
+    """What was faster than the leader, and is not known to be: a sentence for each label."""
+    return {
+        each.label: f"{each.label} had {each.comparison.ratio:.2f}x of {each.baseline}, which cannot be told from "
+        f"noise ({spread(each.comparison)})."
+        for each in table
+        if each.comparison.ratio > max(1.0, top.comparison.ratio)
+    }
 
 
 def _peers(session: Session, best: str, metric: str, peers: Sequence[str]) -> str:
@@ -118,47 +114,48 @@ def _leader(top: Standing) -> tuple[str, str, Comparison]:
     return top.label, top.baseline, top.comparison
 
 
-def _one(session: Session, best: str, other: str, found: Comparison, metric: str, num_cases: int) -> str:
-    where, cases = _WHERE[session.kind], f", geometric mean of {num_cases} cases" if num_cases > 1 else ""
+def _one(session: Session, best: str, other: str, found: Comparison, metric: str, top: Standing) -> str:
+    where = _WHERE[session.kind]
+    cases = f", geometric mean of {top.cases_text} cases" if top.of_cases > 1 else ""
     factor = f"{found.ratio:.2f}x"
     if found.verdict == "faster":
         return f"{best} is {factor} faster {where} than {other} ({title(metric)}{cases}; {spread(found)})."
     if found.verdict == "too few repeats":
-        doubt = f"{spread_repeats(found)} cannot tell that from noise"
+        doubt = f"{repeats(found)} cannot tell that from noise"
         return f"{best} was {factor} as fast {where} as {other} ({title(metric)}{cases}), but {doubt}."
+    state = "level" if found.is_level else "not told apart"
     return (
-        f"{best} and {other} are level {where}: no difference that {spread_repeats(found)} can show "
+        f"{best} and {other} are {state} {where}: no difference that {repeats(found)} can show "
         f"({title(metric)}{cases}; ratio {found.ratio:.2f}, 95% interval {found.low:.2f} to {found.high:.2f})."
     )
 
 
-def _online(session: Session, best: str, other: str, facts: dict[str, PhaseFact]) -> str:
+def _online(session: Session, best: str, other: str) -> str:
     parts = []
+    facts = phase_facts(session, best, other)
     for metric in HEADLINES["online"]:
         found = next((each for each in standings(session, other, metric) if each.label == best), None)
         if found:
             comparison = found.comparison
             differs = comparison.verdict in ("faster", "slower")
-            known = comparison.verdict != "too few repeats"
+            known = differs or comparison.is_level
             reason = because(facts.get(_PHASE_OF.get(metric, "")), differs) if known else ""
             name = title(metric).removesuffix(" p50 (ms)")
             parts.append(f"{name} {in_words(comparison)}{reason}")
     scales = len(session.cases)
     over = f" over {scales} scales" if scales > 1 else ""
-    proof = (
-        " Proven by kernel symbols on this machine." if facts and all(fact.proven for fact in facts.values()) else ""
-    )
+    proof = " Proven by kernel symbols on this machine." if all_proven(facts.values()) else ""
     return f"Online, {best} against {other}{over}: {'; '.join(parts)}.{proof}" if parts else ""
 
 
-def _level(session: Session, best: str, metric: str, other: str) -> str:
-    """Who cannot be told from the leader."""
+def _level(session: Session, best: str, metric: str, told: Sequence[str]) -> str:
+    """Who cannot be told from the leader, and was not spoken of."""
     same = [
         each.label
         for each in standings(session, best, metric)
-        if each.comparison.verdict == "no difference" and each.label != other
+        if each.comparison.verdict == "no difference" and each.label not in told
     ]
-    return f"No difference between {best} and {_and(same)} can be shown." if same else ""
+    return f"No difference between {best} and {listed(same)} can be shown." if same else ""
 
 
 def _kernels(session: Session, asked: str | None) -> list[str]:
@@ -172,25 +169,20 @@ def _kernels(session: Session, asked: str | None) -> list[str]:
         if len(labels) < 2:
             continue
         baseline = baseline_of(labels, asked)
-        table = [each for each in standings(session, baseline, "ms_median", cases) if each.label in labels]
+        table = standings(session, baseline, "ms_median", cases)
         if not table:
             continue
-        best, other, comparison = _leader(table[0])
-        wins = sum(bool(row) and min(row, key=row.__getitem__) == best for row in medians.values())
-        state = in_words(comparison) if comparison.num_repeats > 1 else _single(comparison)
+        top = best_supported(table)
+        best, other, comparison = _leader(top)
+        races = [row for row in medians.values() if len(row) > 1]
+        wins = sum(min(row, key=row.__getitem__) == best for row in races)
+        state = in_words(comparison) if comparison.num_repeats > 1 else within_run(comparison)
+        noisy = " ".join(_noisy(table, top).values())
         found.append(
-            f"Kernels, {phase or 'all'}: {best} has the shortest median in {wins} of {len(cases)} cases; against "
-            f"{other} it is {state}, geometric mean of {table[0].num_cases} cases."
+            f"Kernels, {phase or 'all'}: {best} has the shortest median in {wins} of {len(races)} cases with a rival; "
+            f"against {other} it is {state}, geometric mean of {top.cases_text} cases." + (f" {noisy}" if noisy else "")
         )
     return found
-
-
-def _single(found: Comparison) -> str:
-    if found.verdict == "too few repeats":
-        return f"{found.ratio:.2f}x as fast, with too few timings to tell from noise"
-    if found.verdict == "no difference":
-        return f"level (within one run: {found.low:.2f} to {found.high:.2f})"
-    return f"{found.ratio:.2f}x as fast (95% interval within one run {found.low:.2f} to {found.high:.2f})"
 
 
 def _medians(session: Session, case: str) -> dict[str, float]:
@@ -198,13 +190,14 @@ def _medians(session: Session, case: str) -> dict[str, float]:
     return {label: median(found) for label, found in values.items() if found}
 
 
-def _price(rows: Rows, best: str, other: str) -> str:
-    """What the faster one loses in quality."""
+def _price(rows: Rows, session: Session, best: str, other: str) -> str:
+    """What the faster one loses in quality, on the same machine, of the same model in the same type."""
+    dtypes = set(session.dtypes(best)) & set(session.dtypes(other))
     found = [
         loss
-        for session in rows.of("quality")
-        if {best, other} <= set(session.labels)
-        for loss in losses(session, best, other)
+        for asked in rows.of("quality")
+        if asked.place == session.place and {best, other} <= set(asked.labels)
+        for loss in losses(asked, best, other, dtypes)
     ]
     return f"The price: {best} answers worse; {'; '.join(found)}." if found else ""
 
@@ -217,9 +210,13 @@ def _quality(rows: Rows, asked: str | None) -> list[str]:
         worse = {label: found for label in others if (found := losses(session, label, baseline))}
         texts += [f"Quality: {label} is worse than {baseline}; {'; '.join(found)}." for label, found in worse.items()]
         if same := [label for label in others if label not in worse]:
-            texts.append(f"Quality: nothing measured shows {_and(same)} to answer worse than {baseline}.")
+            texts.append(f"Quality: nothing measured shows {listed(same)} to answer worse than {baseline}.")
         elif not others:
             texts.append(f"Quality: only {baseline} was measured; its figures are below.")
+        if said := [text for label in others for text in remarks(session, label, baseline)]:
+            texts[-1] += " " + " ".join(said)
+        if any(is_reference(session, baseline, case) for case in session.cases):
+            texts[-1] += f" {baseline} in float32 is the reference itself: its distance from it says nothing."
     return texts
 
 
@@ -230,12 +227,3 @@ def _other_dtype(session: Session, best: str, other: str) -> str:
 
 def _where(session: Session) -> str:
     return _WHERE[session.kind].capitalize()
-
-
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def subjects_of(rows: Rows) -> dict[str, Subject]:
-    """Each label's first subject that ran."""
-    return {label: session.subject(label) for session in reversed(rows.sessions) for label in session.labels}

@@ -103,7 +103,7 @@ class _Marks:
 
 @dataclass
 class Dialect:
-    """What a server turned out to understand; shared by the calls of one load."""
+    """What a server turned out to understand; shared by all loads on it, so that it need refuse once only."""
 
     usage_per_chunk: bool = True
 
@@ -201,10 +201,16 @@ def new_session(timeout_s: float, headers: Mapping[str, str] | None = None) -> a
 
 
 async def open_loop(
-    url: str, model: str, calls: Sequence[Call], *, timeout_s: float, headers: Mapping[str, str] | None = None
+    url: str,
+    model: str,
+    calls: Sequence[Call],
+    *,
+    timeout_s: float,
+    headers: Mapping[str, str] | None = None,
+    dialect: Dialect | None = None,
 ) -> Load:
     """Send each call at its time, whatever has become of the others."""
-    dialect = Dialect()
+    dialect = dialect or Dialect()
 
     async def run(session: aiohttp.ClientSession, started: float) -> list[Reply]:
         async def one(call: Call) -> Reply:
@@ -224,9 +230,10 @@ async def closed_loop(
     *,
     timeout_s: float,
     headers: Mapping[str, str] | None = None,
+    dialect: Dialect | None = None,
 ) -> Load:
     """Keep `concurrency` calls in flight until all are sent; `at_s` of the calls plays no part."""
-    dialect = Dialect()
+    dialect = dialect or Dialect()
 
     async def run(session: aiohttp.ClientSession, started: float) -> list[Reply]:
         waiting, replies = deque(calls), dict[int, Reply]()

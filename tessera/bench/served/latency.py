@@ -123,6 +123,16 @@ def bottleneck(load: Load) -> str:
     return f"the client was the bottleneck: {' and '.join(reasons)}" if reasons else ""
 
 
+def wrong_lengths(replies: Sequence[Reply], asked: Sequence[int]) -> str:
+    """Which prompts the server counted otherwise than they were asked to be; '' where none."""
+    counted = Counter((num_asked, reply.prompt_tokens) for num_asked, reply in zip(asked, replies, strict=True))
+    wrong = {pair: number for pair, number in sorted(counted.items()) if pair[0] != pair[1]}
+    if not wrong:
+        return ""
+    said = ", ".join(f"{number} of {told} where {wanted} were asked for" for (wanted, told), number in wrong.items())
+    return f"the server counted other prompt tokens than it was sent: {said:.300}"
+
+
 def failures(load: Load) -> str:
     """`2 of 8 requests failed: 2x HTTP 500: ...`, the commonest reasons first; '' where none failed."""
     reasons = Counter(reply.error for reply in load.failed)

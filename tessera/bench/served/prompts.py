@@ -15,9 +15,9 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from tessera.bench.online.trace_prompts import WORDS
 from tessera.bench.served.client import Call, send
 from tessera.bench.served.servers import Server
+from tessera.bench.served.words import WORDS
 from tessera.errors import TesseraError
 
 FEWEST_WORDS = 16
@@ -86,7 +86,7 @@ async def _words(server: Server, model: str, messages: bool) -> Prompts:
         call = Call(0, " ".join(words), 1, messages=messages)
         timeout = aiohttp.ClientTimeout(total=ASK_SECONDS)
         async with aiohttp.ClientSession(timeout=timeout, headers=server.headers) as session:
-            reply = await send(session, server.url, model, call, 0.0)
+            reply = await send(session, server.url, model, call, 0.0, dialect=server.dialect)
         if not reply.ok:
             raise TesseraError(f"{server.url} did not count a prompt's tokens: {reply.error}", "see the server's log")
         return reply.prompt_tokens

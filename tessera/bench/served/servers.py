@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import queue
 import re
@@ -25,6 +24,8 @@ import msgspec
 import psutil
 
 from tessera.bench.record import Subject
+from tessera.bench.served.client import Dialect
+from tessera.bench.served.parent import end_with_parent
 from tessera.bench.subjects import Wanted, subject_of
 from tessera.config import EngineConfig, section_types, settings_of
 from tessera.errors import ConfigError, TesseraError
@@ -35,8 +36,6 @@ START_SECONDS = 600.0
 STOP_SECONDS = 20.0
 ANSWER_SECONDS = 10.0
 NUM_LAST_LINES = 12
-_C = ctypes.CDLL(None) if sys.platform == "linux" else None
-_PR_SET_PDEATHSIG = 1
 _DECIDED = ("attention", "prefill_attention", "decode_attention", "prove_attention")
 
 AnswerT = TypeVar("AnswerT")
@@ -62,9 +61,10 @@ class _Models(msgspec.Struct):
 class Server:
     """A server that answers at `url`, which ends in /v1; a context manager that stops what it started."""
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
+    def __init__(self, url: str, api_key: str | None = None, dialect: Dialect | None = None) -> None:
         self.url = url.rstrip("/")
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.dialect = dialect or Dialect()
 
     def __enter__(self) -> Server:
         return self
@@ -107,6 +107,11 @@ class Server:
         """What its processes hold of the GPUs; None where that cannot be seen from here."""
         return None
 
+    def memory(self) -> dict[str, float]:
+        """`peak_memory_bytes` of the host and `gpu_memory_bytes`, where they can be seen from here."""
+        held = {"peak_memory_bytes": self.peak_memory_bytes(), "gpu_memory_bytes": self.gpu_memory_bytes()}
+        return {name: float(size) for name, size in held.items() if size is not None}
+
     def _ask(self, path: str, kind: type[AnswerT]) -> AnswerT:
         try:
             return msgspec.json.decode(_get(self.url + path, self.headers), type=kind)
@@ -128,8 +133,8 @@ class Server:
 class ExternalServer(Server):
     """A server that somebody else started; TesseraError at once where it does not answer."""
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
-        super().__init__(url, api_key)
+    def __init__(self, url: str, api_key: str | None = None, dialect: Dialect | None = None) -> None:
+        super().__init__(url, api_key, dialect)
         _ = self.model
 
     def subject(self, label: str) -> Subject:
@@ -163,7 +168,7 @@ class ServerProcess(Server):
             errors="replace",
             env=os.environ | dict(environment or {}),
             start_new_session=True,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=end_with_parent,
         )
         self.lines: deque[str] = deque(maxlen=1000)
         self._news: queue.Queue[str] = queue.Queue()
@@ -274,12 +279,6 @@ def serve_flags(config: EngineConfig) -> list[str]:
             else:
                 flags.append(f"{setting.flag}={value}")
     return flags
-
-
-def _end_with_parent() -> None:
-    """In the new process: get SIGTERM when the thread that made it ends, in whatever way: to be the main thread."""
-    assert _C is not None
-    _C.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _peak_bytes(process: psutil.Process) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from tessera.bench.record import CacheState, Subject
+from tessera.bench.served.client import Dialect
 from tessera.bench.served.servers import START_SECONDS, ExternalServer, Server, ServerProcess
 from tessera.bench.subjects import Wanted
 from tessera.errors import ConfigError
@@ -64,6 +65,8 @@ class UrlTarget:
     reasons: Sequence[str] = ()
     cache: CacheState = "not recorded"
     """Who knows what it was sent before; `cached_prompt_share` tells of each replay where the server does."""
+    dialect: Dialect = field(default_factory=Dialect, repr=False, compare=False)
+    """What it turned out to understand, in all repeats."""
 
     @property
     def idle(self) -> Subject:
@@ -72,7 +75,7 @@ class UrlTarget:
 
     def start(self) -> tuple[Server, Subject]:
         """The server and what it says of itself; TesseraError where it does not answer."""
-        server = ExternalServer(self.url, self.api_key)
+        server = ExternalServer(self.url, self.api_key, self.dialect)
         return server, server.subject(self.label)
 
 

@@ -7,13 +7,14 @@ import statistics
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from tessera.bench.api.load import cached_tokens, memory, round_trips_ms, wrong_lengths
+from tessera.bench.api.load import cached_tokens, round_trips_ms
 from tessera.bench.benchmark import Done
 from tessera.bench.provenance import Provenance, provenance
 from tessera.bench.record import Conditions, Kind, Record, Subject, Value
 from tessera.bench.served.client import Call, Load, closed_loop
-from tessera.bench.served.latency import failures, ttft_ms
+from tessera.bench.served.latency import failures, ttft_ms, wrong_lengths
 from tessera.bench.served.prompts import Prompts, prompts_for
+from tessera.bench.served.rows import device_type
 from tessera.bench.served.servers import Server
 from tessera.bench.ttft.bars import NETWORK_PATH, Bar, Model, Stage, cache_problem
 from tessera.bench.ttft.options import TtftOptions
@@ -140,7 +141,7 @@ class TtftBenchmark:
         assert info  # ours tell
         names = ("page_size", "num_pages", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
         settings |= {name: getattr(info, name) for name in names}
-        conditions = Conditions(model, info.dtype, info.device, self._seed, settings=settings)
+        conditions = Conditions(model, info.dtype, device_type(info), self._seed, settings=settings)
         return _Running(server, model, subject, conditions, asyncio.run(prompts_for(server, model)))
 
     def _measured(self, running: _Running, job: _Job) -> Record:
@@ -159,11 +160,11 @@ class TtftBenchmark:
             return _with(row, times, {})
         load = self._send(running, job)
         replies = load.replies[1:]
-        problem = failures(load) or wrong_lengths(replies, job.num_tokens) or cache_problem(bar, replies)
-        if problem:
+        asked = [job.num_tokens] * len(replies)
+        if problem := failures(load) or wrong_lengths(replies, asked) or cache_problem(bar, replies):
             return replace(row, reason=problem)
         figures = {"cached_prompt_tokens": float(cached_tokens(replies) or 0), "client_cpu": load.client_cpu}
-        return _with(row, [ttft_ms(reply) for reply in replies], figures | memory(running.server))
+        return _with(row, [ttft_ms(reply) for reply in replies], figures | running.server.memory())
 
     def _send(self, running: _Running, job: _Job) -> Load:
         """The request that warms up, then those that are timed."""
@@ -174,7 +175,9 @@ class TtftBenchmark:
 
         calls = [call(index) for index in range(self.options.requests + 1)]
         server, timeout = running.server, self.options.request_timeout
-        return asyncio.run(closed_loop(server.url, running.model, calls, 1, timeout_s=timeout, headers=server.headers))
+        headers, dialect = server.headers, server.dialect
+        loop = closed_loop(server.url, running.model, calls, 1, timeout_s=timeout, headers=headers, dialect=dialect)
+        return asyncio.run(loop)
 
 
 def _with(row: Record, times_ms: Sequence[float], figures: dict[str, float]) -> Record:

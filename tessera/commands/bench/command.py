@@ -12,10 +12,10 @@ from importlib.util import find_spec
 
 from tessera.commands.flags import Parser
 from tessera.errors import ConfigError
+from tessera.log import LEVELS
 
 BENCHMARKS = ("kernels", "offline", "online", "api", "ttft", "quality", "compare", "report", "diff")
 """Modules of this package; each has `add_flags(parser)` and `run(args) -> exit code`."""
-LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def add_flags(parser: Parser) -> None:
@@ -27,7 +27,8 @@ def add_flags(parser: Parser) -> None:
         module = import_module(f"{__package__}.{name}")
         text = (module.__doc__ or "").strip()
         benchmark = subparsers.add_parser(name, help=text.splitlines()[0], description=text)
-        benchmark.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="What goes to stderr.")
+        # Without a default: it would stand in for the level that was given before the benchmark's name.
+        benchmark.add_argument("--log-level", choices=LEVELS, default=argparse.SUPPRESS, help="What goes to stderr.")
         benchmark.set_defaults(parser=benchmark)
         module.add_flags(benchmark)
 

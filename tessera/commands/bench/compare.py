@@ -1,7 +1,8 @@
 """Run every benchmark for every usable backend, and turn the rows into one report.
 
 Kernels, offline throughput, a replayed trace, a sweep of concurrency, first-token latency and accuracy, each in a
-process of its own; then report.html, report.md and figures in the same folder. Exit code 0: all of them ended well.
+process of its own; then report.html, report.md and figures in the same folder. Exit code 0: all of them ended well;
+130: Ctrl-C ended one and left out the rest, and what is there is reported.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     options, config = read_section(args, CompareOptions), engine_config(args)
     parts = _parts(options)
     folder = _folder(options)
-    from tessera.bench.compare.run import make_report, run_stages
+    from tessera.bench.compare.run import INTERRUPTED, make_report, run_stages
     from tessera.bench.options import require
     from tessera.bench.subjects import wanted_backends
     from tessera.commands.backends import model_shapes
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     outcomes = run_stages(stages(options, parts, device, _given(args), str(folder)), folder)
     code = make_report(folder, f"Attention backends, {name}")
     sys.stdout.write("\n" + "\n".join(outcome.line for outcome in outcomes) + f"\n\nreport: {folder / 'report.html'}\n")
+    if any(outcome.code == INTERRUPTED for outcome in outcomes):
+        return INTERRUPTED
     return code or int(any(outcome.code for outcome in outcomes))
 
 

@@ -1,8 +1,12 @@
 """Compare two result files: what became better, what worse, what is noise.
 
-Exit code 0: no regression. 1: something is worse, significantly and by more than the threshold. 2: wrong usage, or
-files that must not be compared. Repeats are pairs where the runs of the two files took turns (A, B, A, B, ...);
-otherwise drift of the machine between the two counts as a difference.
+Each run counts once, as the median of its repeats, for repeats of one run do not show how far two runs of one code lie
+apart. A verdict needs at least three runs a side: run each version three times or more, best in turns (A, B, A, B, ...)
+so that drift of the machine cancels, and give each version its own file or folder. With fewer, a change cannot be told
+from a run: it is shown and not judged. Only answers (quality) are judged from one run, as they have no chance in them.
+
+Exit code 0: no regression, or too few runs to find one. 1: something is worse, significantly and by more than the
+threshold. 2: wrong usage, or files that must not be compared.
 """
 
 from __future__ import annotations
@@ -65,19 +69,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _text(found: Difference, threshold: float) -> str:
+    """The table and what follows from it."""
     cells = [_cells(change) for change in sorted(found.changes, key=lambda change: change.ratio or 1.0)]
     head = ("benchmark", "case", "subject", "metric", "before", "after", "times better", "95% interval", "verdict")
     lines = [render([head, *cells], indent=""), ""]
     for what, missing in (("first", found.only_before), ("second", found.only_after)):
         lines += [f"only in the {what} file: {each}" for each in missing]
-    few = sum(change.outcome == "too few repeats" for change in found.changes)
+    few = [change.num_runs for change in found.changes if change.outcome == "too few runs"]
     if few:
-        lines.append(f"{few} of {len(found.changes)} have fewer than 3 repeats and were not judged")
-    how = (
-        "pairs of repeats"
-        if found.paired
-        else "repeats of two runs, unpaired: drift of the machine between them counts"
-    )
+        runs = "one run each" if max(few) == 1 else "fewer than 3 runs a side"
+        lines.append(f"{len(few)} of {len(found.changes)} not judged: {runs}: cannot tell a run from the code")
+    how = "pairs of runs" if found.paired else "runs, unpaired: drift of the machine between them counts"
     number = len(found.regressions)
     counted = f"{number} regression{'' if number == 1 else 's'}" if number else "no regression"
     lines.append(f"{counted} beyond {threshold:.1%}; compared as {how}")

@@ -21,7 +21,7 @@ from tessera.bench.online.options import OnlineOptions
 from tessera.bench.options import RunOptions
 from tessera.commands.flags import Parser, add_model, add_settings, engine_config, read_section
 from tessera.commands.table import render
-from tessera.config import EngineConfig, ModelConfig, settings_of
+from tessera.config import EngineConfig, settings_of
 from tessera.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def _targets(args: argparse.Namespace, config: EngineConfig, run_options: RunOpt
     targets: list[Target] = [*url_targets(args.url)]
     flags = serve_flags(config)
     if not with_own:
-        if flags := serve_flags(replace(config, model=ModelConfig())):
+        prompts_alone = replace(config.model, model=None, tokenizer=None, revision=None, seed=0)
+        if flags := serve_flags(replace(config, model=prompts_alone)):
             said = f"{flags[0].partition('=')[0]} is for servers that are started here, and only URLs are measured"
             raise ConfigError(said, "leave it out, or name backends to be measured too with --backends")
         return targets

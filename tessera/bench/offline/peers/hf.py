@@ -13,11 +13,14 @@ class Worker:
     """A causal language model of transformers; run by serve.py."""
 
     def load(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Weights from a folder, or random ones of its config.json; `batch_size` prompts go at once."""
+        """Weights from a folder, or random ones of its config.json; `batch_size` prompts go at once.
+
+        Left out, they are as many as our engine runs at once.
+        """
         torch: Any = import_module("torch")
         transformers: Any = import_module("transformers")
         options = dict(settings["options"])
-        self.batch_size = int(options.pop("batch_size", 32))
+        self.batch_size = int(options.pop("batch_size", settings["max_num_seqs"]))
         dtype = getattr(torch, settings["dtype"])
         if settings.get("cpu_threads"):
             torch.set_num_threads(settings["cpu_threads"])

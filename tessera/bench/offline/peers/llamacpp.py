@@ -6,6 +6,7 @@ all running sequences first and pieces of prompts behind them, so that the peer 
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -30,10 +31,14 @@ class Worker:
     """A llama.cpp context with room for `n_parallel` texts at once; run by serve.py."""
 
     def load(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The weights as the file has them; options are fields of llama.cpp's parameters, and `n_parallel`."""
+        """The weights as the file has them; options are fields of llama.cpp's parameters, and `n_parallel`.
+
+        Left out, they are as many texts at once as our engine runs, and as many threads as there are cores: llama.cpp
+        itself would take four.
+        """
         api: Any = import_module("llama_cpp")
         self.api, options = api, dict(settings["options"])
-        self.num_slots = int(options.pop("n_parallel", 32))
+        self.num_slots = int(options.pop("n_parallel", settings["max_num_seqs"]))
         self.seed = settings["seed"] % 2**32
         api.llama_backend_init()
         of_model, of_context = api.llama_model_default_params(), api.llama_context_default_params()
@@ -41,8 +46,7 @@ class Worker:
         of_context.n_ctx = self.num_slots * (settings["max_model_len"] + 1)
         of_context.no_perf = True
         of_model.n_gpu_layers = 0 if settings["device"] == "cpu" else 999
-        if settings.get("cpu_threads"):
-            of_context.n_threads = of_context.n_threads_batch = settings["cpu_threads"]
+        of_context.n_threads = of_context.n_threads_batch = settings.get("cpu_threads") or _num_cores()
         for name, value in options.items():
             _set_field(name, value, of_model, of_context)
         self.model = api.llama_model_load_from_file(settings["model"].encode(), of_model)
@@ -53,9 +57,11 @@ class Worker:
             raise RuntimeError("llama.cpp cannot make a context: too little memory, or options it refuses")
         self.batch_size = int(of_context.n_batch)
         self.batch = api.llama_batch_init(self.batch_size, 0, 1)
-        shown = {"n_parallel": self.num_slots, "n_batch": self.batch_size, **options}
-        note = "weights as the file has them, quantised"
-        return {"versions": {"llama-cpp-python": api.__version__}, "settings": shown, "note": note}
+        threads = {name: int(getattr(of_context, name)) for name in ("n_threads", "n_threads_batch")}
+        shown = {"n_parallel": self.num_slots, "n_batch": self.batch_size, **threads, **options}
+        versions, dtype = {"llama-cpp-python": api.__version__}, settings["file_type"]
+        note = f"weights as the file has them: {dtype}"
+        return {"versions": versions, "settings": shown, "note": note, "dtype": dtype}
 
     def run(self, prompts: Ids, output_lens: list[int], temperature: float) -> dict[str, Any]:
         """All prompts; as many at once as there are slots, the next one as soon as one is free."""
@@ -125,6 +131,14 @@ class Worker:
     def memory(self) -> dict[str, int]:
         """Of this process, in RAM; what llama.cpp holds on a GPU is not known."""
         return {"host": import_module("tessera_peer").host_peak_bytes()}
+
+
+def _num_cores() -> int:
+    """Those that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # no such call on macOS
+        return os.cpu_count() or 1
 
 
 def _set_field(name: str, value: Any, *structures: Any) -> None:
