@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import random
 
-_TEXTS = (
-    "What is the capital of France?",
-    "Write a short poem about the sea.",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n",
-    "The quick brown fox jumps over the lazy dog. " * 6,
-    "Translate to German: Good morning, how are you today?",
-    "1, 1, 2, 3, 5, 8, 13, 21,",
-    "Once upon a time, in a village at the edge of a dark forest, there lived",
-    "Explain photosynthesis to a ten year old child in three sentences.",
-    "SELECT name, age FROM people WHERE",
-    "Die Hauptstadt von Deutschland ist",
-    "Les trois plus grandes villes de France sont",
-    "import numpy as np\n\nx = np.arange(10)\nprint(",
-    "Q: If I have 3 apples and buy 4 more, how many do I have?\nA:",
-    "<html>\n  <head>\n    <title>",
-    "日本の首都は",
-    "The theory of relativity says that",
-)
+from tessera.bench.quality.text import PROMPTS
 
 
 def prompt_token_ids(vocab_size: int, encode: object, count: int = 64) -> list[list[int]]:
     """`count` prompts as token ids: texts, texts cut short, joined texts of several hundred tokens, random ids."""
     assert callable(encode)
     source = random.Random(0)
-    texts = [list(encode(text)) for text in _TEXTS]
+    texts = [list(encode(text)) for text in PROMPTS]
     prompts: list[list[int]] = []
     for number in range(count):
         kind, text = number % 4, texts[number // 4 % len(texts)]

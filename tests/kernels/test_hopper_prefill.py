@@ -48,6 +48,7 @@ def test_it_compiles_into_asynchronous_products_and_copies(
     [
         ({}, True),
         ({"head_dim": 80}, False),
+        ({"head_dim": 64}, False),
         ({"page_size": 8}, False),
         ({"dtype": torch.float32}, False),
         ({"capability": (8, 0)}, False),

@@ -125,7 +125,8 @@ def choose_options(phase: Phase, shape: Shape, shared_memory: int) -> Options:
 
 def uses_hopper_kernel(phase: Phase, shape: Shape) -> bool:
     """Whether a shape's prompts are served by `hopper_prefill.py`: by the shape alone, as `choose_options`."""
-    fits = shape.head_dim in (32, 64, 128, 256) and shape.page_size in (16, 32, 64, 128, 256)
+    # Smaller heads it can serve too, but its launch takes the host longer than most of their prompts take the device.
+    fits = shape.head_dim in (128, 256) and shape.page_size in (16, 32, 64, 128, 256)
     half = shape.dtype in (torch.bfloat16, torch.float16)
     if phase is not Phase.PREFILL or shape.capability[0] != 9 or not (fits and half):
         return False
