@@ -272,7 +272,7 @@ def _expected(setting: Setting, ranges: Ranges) -> str:
         return "one of " + ", ".join(setting.choices)
     if setting.name in ranges:
         low, high = ranges[setting.name]
-        return f"{'a whole number' if setting.kind is int else 'a number'} from {low:g} to {high:g}"
+        return f"{'a whole number' if setting.kind is int else 'a number'} from {low:.10g} to {high:.10g}"
     return f"a {setting.kind.__name__}"
 
 

@@ -57,6 +57,8 @@ class Subject:
     def case(self, workload: Workload, *, seed: int = 0, ordered_pages: bool = False, **sizes: Any) -> Case:
         """Inputs for a workload, in the base shape with other `sizes`; NotClaimed where it is refused."""
         shape = replace(self.base, **sizes)
+        if self.phase is Phase.DECODE and workload.max_q_len > self.limits.max_q_len:
+            raise NotClaimed(f"{workload.max_q_len} new tokens a sequence, at most {self.limits.max_q_len} are claimed")
         self.require(workload.bind(self.phase, shape))
         seed = workload_seed(seed, self.phase.value, workload.lens)
         return make_case(self.phase, workload, shape, seed=seed, ordered_pages=ordered_pages)

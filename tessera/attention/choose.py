@@ -21,7 +21,7 @@ from tessera.attention.registry import BACKENDS as BACKENDS
 from tessera.attention.registry import Backend as Backend
 from tessera.attention.registry import backend_paths as backend_paths
 from tessera.attention.registry import backend_rows as backend_rows
-from tessera.attention.registry import check_name, load_checked, plug_ins, reasons_against
+from tessera.attention.registry import check_name, load_checked, plug_ins, reasons_against, rung_of
 from tessera.attention.registry import load_backend as load_backend
 from tessera.attention.step import Attention, Bucket
 from tessera.config import AttentionConfig
@@ -154,7 +154,7 @@ def _candidates(phase: Phase, names: Sequence[str], shapes: Sequence[Shape]) -> 
     device_type = shapes[0].device_type
     rejected = {name: reasons_against(name, phase, shapes) for name in names}
     for name in names:
-        rejected[name] = rejected[name] or _costs(name, phase, shapes)
+        rejected[name] = rejected[name] or _rung(name) or _costs(name, phase, shapes)
     usable = [name for name in names if not rejected[name]]
     if device_type == "cpu":
         steady = [name for name in usable if device_type in load_checked(name).limits[phase].batch_invariant] or usable
@@ -167,6 +167,12 @@ def _candidates(phase: Phase, names: Sequence[str], shapes: Sequence[Shape]) -> 
                 rejected[name] = [f"{library} serves, which picks the kernel itself"]
     usable = [name for name in usable if not rejected[name]]
     return usable, {name: why for name, why in rejected.items() if why}
+
+
+def _rung(name: str) -> list[str]:
+    """That a backend is a rung of the ladder, which nobody takes who has not named it."""
+    rung = rung_of(name)
+    return [f"a rung of the ladder, {rung}: to be compared, not chosen"] if rung else []
 
 
 def _costs(name: str, phase: Phase, shapes: Sequence[Shape]) -> list[str]:

@@ -94,6 +94,8 @@ class Limits:
     """Whether a CUDA graph may record `run`."""
     batch_invariant: Container[str] = ()
     """The devices on which a sequence's answer has the same bits whatever else is in the batch."""
+    max_q_len: int = 1
+    """DECODE: most new tokens of a sequence, those drafted for it included."""
 
     def problems(self, shape: Shape) -> list[str]:
         """Each thing `shape` asks for that is not within these limits, as a sentence."""
@@ -191,6 +193,8 @@ class AttentionBackend(ABC, Generic[Plan]):
     """What installs `needs`, for the hint: `pip install tessera-llm[flash]`."""
     limits: ClassVar[Mapping[Phase, Limits]]
     """A phase left out is not supported."""
+    rung: ClassVar[str | None] = None
+    """The idea that a variant stands for which exists to be compared with its better; auto never takes it."""
 
     @classmethod
     def reasons_against(cls, phase: Phase, shape: Shape) -> list[str]:

@@ -17,6 +17,7 @@ from tessera.attention.contract import AttentionBackend, Phase, Shape
 from tessera.attention.selftest import self_test_problem
 from tessera.attention.step import Bucket
 from tessera.attention.timing import Inputs, make_inputs, time_call
+from tessera.log import logger
 from tessera.types import AttentionBucket
 
 BUCKETS = {
@@ -34,11 +35,14 @@ BUCKETS = {
     ("cpu", Phase.VISION): [Bucket(1, 256, 256)],
 }
 """Sizes that are timed, the most telling first: when time is short the last are left out."""
-SETUP_SECONDS = {"cpu": 20.0, "cuda": 20.0}
-"""No further candidate of a phase is set up, tested and compiled after so long: far more than it takes, lest one that
-compiles slowly wins because nobody else was tried."""
+SETUP_SECONDS = {"cpu": 20.0, "cuda": 9.0}
+"""No further candidate of a phase is set up, tested and compiled after so long, those of the fixed order before the
+others: far more than all of them take where their kernels are on disk."""
 TIMING_SECONDS = {"cpu": 1.0, "cuda": 4.0}
-"""No further size is timed after so long; what is begun is finished with single calls."""
+"""No further size is timed after so long; what is begun is finished, for a few calls of some and many of others would
+let chance decide."""
+HOPELESS = 20
+"""Who takes so many times as long as the best is timed once a size."""
 FIRST_CALL_SECONDS = 20.0
 """A backend that takes longer to compile is left out."""
 MAX_POOL_BYTES = {"cpu": 2**26, "cuda": 2**31}
@@ -96,7 +100,7 @@ def measure(
     for bucket in buckets:
         if times and time.perf_counter() > deadline:
             break
-        if found := _time_bucket(bucket, bound, layers, rejected, deadline):
+        if found := _time_bucket(bucket, bound, layers, rejected):
             times[bucket] = found
     if device_type == "cuda":
         torch.cuda.empty_cache()  # weights and cache come after this and want the memory
@@ -124,6 +128,7 @@ def _bind(
     seconds = time.perf_counter() - started
     if seconds > FIRST_CALL_SECONDS:
         return [], f"took {seconds:.0f} s to compile, {FIRST_CALL_SECONDS:.0f} s are allowed"
+    logger.debug("%s: %s was set up and tested in %.2f s", phase, candidate.name, seconds)
     return instances, None
 
 
@@ -132,7 +137,6 @@ def _time_bucket(
     bound: Mapping[str, list[AttentionBackend[Any]]],
     layers: Mapping[Shape, int],
     rejected: dict[str, list[str]],
-    deadline: float,
 ) -> dict[str, float]:
     """Milliseconds a layer of each backend in one size of step; whoever fails goes to `rejected`."""
     times = dict.fromkeys((name for name in bound if name not in rejected), 0.0)
@@ -145,7 +149,7 @@ def _time_bucket(
         best = float("inf")
         for name in list(times):
             try:
-                milliseconds = _time(bound[name][index], inputs, num_layers, best, deadline)
+                milliseconds = _time(bound[name][index], inputs, num_layers, best)
             except Exception as error:
                 rejected[name] = [f"fails at {bucket.label}: {_one_line(error)}"]
                 del times[name]
@@ -155,15 +159,14 @@ def _time_bucket(
     return times
 
 
-def _time(backend: AttentionBackend[Any], inputs: Inputs, num_layers: int, best: float, deadline: float) -> float:
+def _time(backend: AttentionBackend[Any], inputs: Inputs, num_layers: int, best: float) -> float:
     started = time.perf_counter()
-    first = time_call(backend, inputs, repeats=1)
-    if time.perf_counter() - started > FIRST_CALL_SECONDS:
-        raise TimeoutError(f"the first call took {time.perf_counter() - started:.0f} s")
-    hopeless = first.total(num_layers) > 20 * best
-    if hopeless or time.perf_counter() > deadline:
-        return first.total(num_layers)
-    return time_call(backend, inputs).total(num_layers)
+    taken = time_call(backend, inputs, give_up_ms=HOPELESS * best)
+    seconds = time.perf_counter() - started
+    if seconds > FIRST_CALL_SECONDS:
+        raise TimeoutError(f"compiling and timing took {seconds:.0f} s")
+    logger.debug("%s: %s took %.2f s to be timed", backend.phase, backend.name, seconds)
+    return taken.total(num_layers)
 
 
 def _conclude(

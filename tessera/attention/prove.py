@@ -30,7 +30,7 @@ SIGNATURES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(?i)flash_?attn[_.]?cute|kernel_cutlass.*flash|FlashAttention(Forward|Combine|Decode)", ("flash_attn:4",)),
     (r"flash_fwd_(splitkv_)?(combine_)?kernel", ("flash_attn:2",)),
     (r"triton_.*flex|^graph_\d+_kernel$", ("flex",)),
-    (r"^_?(packed|paged_decode|paged_prefill|hopper_prefill)_kernel|^triton_interpreted::", ("triton",)),
+    (r"^((paged|unified)_decode|(paged|hopper)_prefill|packed|two_pass|fa1)_kernel|^triton_interpreted::", ("triton",)),
     (r"aten::_scaled_dot_product_flash_attention_for_cpu", ("torch_sdpa:flash",)),
     (r"aten::_scaled_dot_product_attention_math", ("torch_sdpa:math",)),
 )

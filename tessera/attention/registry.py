@@ -20,6 +20,7 @@ from tessera.errors import BackendError, ConfigError
 
 Backend = type[AttentionBackend[Any]]
 
+# Library -> variant -> class, of the module that has the library's name, or module:class.
 _OURS = {
     "flash_attn": {"4": "FlashAttn4", "3": "FlashAttn3", "2": "FlashAttn2"},
     "flashinfer": {
@@ -28,7 +29,15 @@ _OURS = {
         "tensor_cores": "FlashInferTensorCores",
         "cuda_cores": "FlashInferCudaCores",
     },
-    "triton": {"": "Triton"},
+    "triton": {
+        "": "Triton",
+        "two_pass": "triton_ladder:TritonTwoPass",
+        "fa1": "triton_ladder:TritonFa1",
+        "fa2": "triton_ladder:TritonFa2",
+        "paged": "triton_decode:TritonPaged",
+        "flash_decoding": "triton_decode:TritonFlashDecoding",
+        "flash_decoding_pp": "triton_decode:TritonFlashDecodingPP",
+    },
     "xformers": {"": "XFormers"},
     "torch_sdpa": {
         "": "TorchSdpa",
@@ -41,9 +50,10 @@ _OURS = {
     "naive": {"": "Naive"},
 }
 BACKENDS = {
-    f"{library}:{variant}" if variant else library: f"tessera.attention.backends.{library}:{class_name}"
+    f"{library}:{variant}" if variant else library: "tessera.attention.backends."
+    + (where if ":" in where else f"{library}:{where}")
     for library, variants in _OURS.items()
-    for variant, class_name in variants.items()
+    for variant, where in variants.items()
 }
 """Name -> module:class of the backends that tessera brings."""
 ENTRY_POINT_GROUP = "tessera.attention"
@@ -116,6 +126,11 @@ def load_checked(name: str) -> Backend:
 def class_of(name: str) -> Backend | None:
     """The class of a name that there is; None where it does not import or is no backend."""
     return _import(name, BACKENDS.get(name) or backend_paths()[name])[0]
+
+
+def rung_of(name: str) -> str | None:
+    """The idea that a backend stands for which exists to be compared with its better; None: it exists to serve."""
+    return getattr(class_of(name), "rung", None)
 
 
 def reasons_against(name: str, phase: Phase, shapes: Sequence[Shape]) -> list[str]:

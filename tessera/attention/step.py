@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import log2
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from tessera.attention.contract import AttentionBackend, Batch, Phase
+from tessera.kernels.fused import fused_on
 from tessera.kernels.pages import write_pages
+from tessera.kernels.turn import Turn
+
+TurnAndWrite = Callable[[Tensor, Tensor, Tensor, Turn, Tensor, Tensor, Tensor], Tensor]
+"""kernels.rope_pages.rope_pages: turns q and k, writes k and v, returns q."""
 
 
 class Bucket(NamedTuple):
@@ -37,6 +43,8 @@ class Attention:
     backends      of each phase, one a group
     layer_groups  of each layer, its group
     buckets       of the phases whose steps are not all served alike: backends by size, used in place of `backends`
+    fused         whether q and k may come as projected, to be turned by the kernel that writes pages; None: wherever
+                  that runs
     """
 
     def __init__(
@@ -44,6 +52,8 @@ class Attention:
         backends: Mapping[Phase, Sequence[AttentionBackend[Any]]],
         layer_groups: Sequence[int],
         buckets: Mapping[Phase, Mapping[Bucket, Sequence[AttentionBackend[Any]]]] | None = None,
+        *,
+        fused: bool | None = None,
     ) -> None:
         self._backends = {phase: tuple(of_phase) for phase, of_phase in backends.items()}
         self._layer_groups = tuple(layer_groups)
@@ -51,6 +61,16 @@ class Attention:
             phase: {bucket: tuple(bound) for bucket, bound in of_phase.items()}
             for phase, of_phase in (buckets or {}).items()
         }
+        self.fused = self._is_fused() if fused is None else fused
+        self._turn_and_write: TurnAndWrite | None = None
+        if self.fused:
+            from tessera.kernels.rope_pages import rope_pages
+
+            self._turn_and_write = rope_pages
+
+    def _is_fused(self) -> bool:
+        device_types = {b.shape.device_type for phase in Phase for bound in self.bound(phase) for b in bound}
+        return any(fused_on(torch.device(device_type)) for device_type in device_types)
 
     def bound(self, phase: Phase) -> list[tuple[AttentionBackend[Any], ...]]:
         """Every set of backends that serves some step of a phase, one a group of layers."""
@@ -95,7 +115,15 @@ class Attention:
             for phase, (tokens, batch) in batches.items()
             for of_phase in (self.serving(phase, _size(batch)),)
         )
-        return StepAttention(k_pages, v_pages, slots, parts, self._layer_groups, padded=num_real < len(slots))
+        return StepAttention(
+            k_pages,
+            v_pages,
+            slots,
+            parts,
+            self._layer_groups,
+            padded=num_real < len(slots),
+            turn_and_write=self._turn_and_write,
+        )
 
 
 @dataclass(frozen=True)
@@ -108,7 +136,7 @@ class _Part:
 
 
 class StepAttention:
-    """What a model calls to attend: `attend(layer, q, k, v)`, once a layer."""
+    """What a model calls to attend: `attend(layer, q, k, v)`, once a layer; with a `turn` where that is `fused`."""
 
     def __init__(
         self,
@@ -119,20 +147,28 @@ class StepAttention:
         layer_groups: tuple[int, ...],
         *,
         padded: bool,
+        turn_and_write: TurnAndWrite | None = None,
     ) -> None:
         self._k_pages, self._v_pages, self._slots = k_pages, v_pages, slots
         self._parts, self._layer_groups, self._padded = parts, layer_groups, padded
+        self._turn_and_write = turn_and_write
         self._covered = sum(part.tokens.stop - part.tokens.start for part in parts) == len(slots)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, turn: Turn | None = None, /) -> Tensor:
         """Write the step's keys and values, then attend; tokens of no batch come back as zeros.
 
         q        [tokens, q_heads, head_dim]
         k, v     [tokens, kv_heads, head_dim]
+        turn     q and k are as projected, and this is done to them before
         returns  [tokens, q_heads, head_dim]
         """
         k_pages, v_pages, group = self._k_pages[layer], self._v_pages[layer], self._layer_groups[layer]
-        write_pages(k, v, k_pages, v_pages, self._slots, padded=self._padded)
+        if turn is None:
+            write_pages(k, v, k_pages, v_pages, self._slots, padded=self._padded)
+        elif self._turn_and_write is None:
+            raise RuntimeError("a fused layer attends through attention that is not fused")
+        else:
+            q = self._turn_and_write(q, k, v, turn, k_pages, v_pages, self._slots)
         if len(self._parts) == 1 and self._covered:
             part = self._parts[0]
             return part.backends[group].run(part.plans[group], q, k_pages, v_pages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -74,35 +75,40 @@ def make_inputs(phase: Phase, shape: Shape, bucket: Bucket, *, max_copies: int |
     return Inputs(shape, make_batch(lens, table, num_pages, device), copies)
 
 
-def time_call(backend: AttentionBackend[Any], inputs: Inputs, *, repeats: int | None = None) -> CallTime:
+def time_call(
+    backend: AttentionBackend[Any], inputs: Inputs, *, repeats: int | None = None, give_up_ms: float = math.inf
+) -> CallTime:
     """The time of planning and of running, after a first call, which may compile.
+
+    give_up_ms  a call that takes longer is the only one that is timed
 
     On a GPU the median of several; on a CPU, where other processes get in between, the least.
     """
     repeats = repeats or REPEATS[inputs.shape.device_type]
     if inputs.shape.device_type == "cuda":
-        return _time_on_cuda(backend, inputs, repeats)
+        return _time_on_cuda(backend, inputs, repeats, give_up_ms)
     plan, plan_ms = time_plan(lambda: backend.plan(inputs.batch), min(5, repeats))
     run = _runs(backend, plan, inputs)
     run(0)
-    return CallTime(plan_ms, min(_repeat(lambda i: wall_ms(lambda: run(i)), repeats)))
+    return CallTime(plan_ms, min(_repeat(lambda i: wall_ms(lambda: run(i)), repeats, give_up_ms)))
 
 
-def _time_on_cuda(backend: AttentionBackend[Any], inputs: Inputs, repeats: int) -> CallTime:
+def _time_on_cuda(backend: AttentionBackend[Any], inputs: Inputs, repeats: int, give_up_ms: float) -> CallTime:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     if backend.phase is Phase.DECODE and backend.limits[backend.phase].graphs:
         plan = backend.plan_capture(inputs.batch)
         _, plan_ms = time_plan(lambda: backend.update_capture(plan, inputs.batch), min(5, repeats))
         graph = capture_runs(_runs(backend, plan, inputs), len(inputs.copies))
-        run_ms = statistics.median(_repeat(lambda _: event_ms(graph.replay, flush), repeats))
-        return CallTime(plan_ms, run_ms / len(inputs.copies))
+        copies = len(inputs.copies)
+        times = _repeat(lambda _: event_ms(graph.replay, flush), repeats, give_up_ms * copies)
+        return CallTime(plan_ms, statistics.median(times) / copies)
     plan, plan_ms = time_plan(lambda: backend.plan(inputs.batch), min(5, repeats))
     run = _runs(backend, plan, inputs)
     run(0)
     torch.cuda.synchronize()
     launches = _repeat(lambda i: wall_ms(lambda: run(i)), min(25, 2 * repeats))  # of the host: nothing waits
     torch.cuda.synchronize()
-    on_device = _repeat(lambda i: event_ms(lambda: run(i), flush), repeats)
+    on_device = _repeat(lambda i: event_ms(lambda: run(i), flush), repeats, give_up_ms)
     return CallTime(plan_ms, max(min(launches), statistics.median(on_device)))  # a host is only ever held up
 
 
@@ -156,13 +162,13 @@ def wall_ms(call: Callable[[], object]) -> float:
     return (time.perf_counter() - started) * 1000
 
 
-def _repeat(measure: Callable[[int], float], repeats: int) -> list[float]:
-    """What `measure` returns, at least once and until the time for it is over."""
+def _repeat(measure: Callable[[int], float], repeats: int, give_up_ms: float = math.inf) -> list[float]:
+    """What `measure` returns, at least once, until the time for it is over or a call has taken too long."""
     end = time.perf_counter() + BOX_SECONDS
     times = []
     for number in range(repeats):
         times.append(measure(number))
-        if time.perf_counter() > end:
+        if time.perf_counter() > end or times[-1] > give_up_ms:
             break
     return times
 

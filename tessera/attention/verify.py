@@ -17,7 +17,7 @@ import torch
 from tessera.attention import checks, checks_cuda, checks_honesty
 from tessera.attention.checks import NotClaimed, Problems, Subject
 from tessera.attention.contract import AttentionBackend, Limits, Phase, Shape
-from tessera.attention.workloads import TOLERANCE, WORKLOADS
+from tessera.attention.workloads import DRAFTS, TOLERANCE, WORKLOADS
 
 HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 160, 256, 512)
 GROUPS = (1, 2, 3, 4, 7, 8, 16)
@@ -36,7 +36,7 @@ class Check:
     phase: str
     dtype: str
     kind: str
-    """workload, head_dim, group, page_size, use, graph, invariance, proof, honesty or engine."""
+    """workload, drafts, head_dim, group, page_size, use, graph, invariance, proof, honesty or engine."""
     name: str
     outcome: Outcome
     detail: str = ""
@@ -204,6 +204,8 @@ def _tests(limits: Limits, phase: Phase) -> Iterator[tuple[str, str, str, Test]]
     )
     for name, asked in WORKLOADS[phase].items():
         yield "workload", name, checks.describe(asked), partial(checks.workload, asked=asked)
+    for name, asked in DRAFTS.items() if phase is Phase.DECODE else ():
+        yield "drafts", name, checks.describe(asked), partial(checks.workload, asked=asked)
     for size in HEAD_DIMS:
         yield "head_dim", str(size), f"head_dim {size}", partial(checks.head_dim, size=size)
     for size in GROUPS:

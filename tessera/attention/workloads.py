@@ -34,6 +34,11 @@ class Workload:
     query_scale: float = 1.0
     """Multiplies the queries: large logits."""
 
+    @property
+    def max_q_len(self) -> int:
+        """Most new tokens of a sequence."""
+        return max((q_len for q_len, _ in self.lens), default=0)
+
     def bind(self, phase: Phase, shape: Shape) -> Shape:
         """The shape that this workload asks of a backend, where `shape` gives heads, type, device and pages."""
         return replace(
@@ -60,6 +65,20 @@ DECODES = {
     "sinks": Workload(((1, 9), (1, 200), (1, 1)), sinks=True),
     "sinks_with_window": Workload(((1, 9), (1, 200), (1, 1)), sinks=True, window=16),
 }
+DRAFTS = {
+    "drafts_of_2": Workload(((2, 2), (2, 70), (2, 129), (2, 300))),
+    "drafts_of_5": Workload(((5, 5), (5, 64), (5, 65), (5, 700))),
+    "drafts_of_16": Workload(((16, 16), (16, 17), (16, 300))),
+    "ragged_drafts": Workload(((3, 40), (1, 1), (16, 500), (2, 3), (7, 70))),
+    "drafts_and_padding": Workload(((4, 20), (2, 70), (4, 0), (1, 0))),
+    "drafts_with_window": Workload(((5, 9), (5, 16), (5, 17), (3, 300), (2, 2)), window=16),
+    "drafts_with_wide_window": Workload(((5, 700), (5, 300)), window=290),
+    "drafts_with_soft_cap": Workload(((5, 9), (3, 200)), soft_cap=5.0, query_scale=4.0),
+    "drafts_with_sinks": Workload(((5, 9), (3, 200), (1, 1)), sinks=True),
+    "drafts_with_large_logits": Workload(((5, 90), (2, 300)), query_scale=30.0),
+    "drafts_both_ways": Workload(((5, 9), (3, 200)), causal=False),
+}
+"""DECODE of several new tokens a sequence, which backends serve whose limits allow so many."""
 PREFILLS = {
     "one_token": Workload(((1, 1),)),
     "ragged": Workload(((33, 33), (2, 2), (129, 129), (1, 1), (16, 16))),

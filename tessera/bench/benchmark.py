@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from tessera.bench.places import check_file
 from tessera.bench.provenance import Provenance, provenance
-from tessera.bench.record import Kind, Record, append, check_writable, read
+from tessera.bench.reasons import gathered, plain_reason
+from tessera.bench.record import Kind, Record, append, read
 
 
 class Done(NamedTuple):
@@ -43,7 +45,7 @@ def measure(benchmark: Benchmark, path: Path, *, resume: bool = False) -> Iterat
     With `resume`, what this command measured before, with this code and these versions on this machine, is not measured
     again but comes first, and the new rows say that they continue it.
     """
-    check_writable(path)
+    check_file("--out", path)
     before = _rows_of_this_command(path) if resume else []
     yield from before
     num_rows = len(before)
@@ -112,21 +114,46 @@ class _Progress:
         self._bar = Progress(*columns, TimeRemainingColumn(), text, console=console, disable=self._plain)
         self._task = self._bar.add_task("starting", total=total, what=what)
         self._what, self._total, self._count = what, total, 0
+        self._held: list[Record] = []
+        self._said: set[tuple[str, str]] = set()
 
     def __enter__(self) -> _Progress:
         self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._say_held()
         self._bar.stop()
 
     def advance(self, record: Record) -> None:
-        """One row more."""
+        """One row more. Those that are unavailable cost no time and are held, to be said in a line a reason."""
+        if record.status == "unavailable":
+            self._held.append(record)
+            self._bar.update(self._task, advance=1)
+            return
+        self._say_held()
         self._count += 1
         about = f"{record.subject.label} {' '.join(str(value) for value in record.case.values())}"
         outcome = "" if record.status == "ok" else f" {record.status}: {record.reason:.120}"
         self._bar.update(self._task, advance=1, description=about)
+        if self._plain or outcome:
+            self._say(f"{self._counted} {about}{outcome}" if self._plain else about + outcome)
+
+    def _say_held(self) -> None:
+        """Those that share a reason in one line; of a backend that was said not to run here for it, not again."""
+        fresh = [row for row in self._held if (row.subject.label, plain_reason(row)) not in self._said]
+        self._count += len(self._held)
+        self._said |= {(row.subject.label, plain_reason(row)) for row in fresh}
+        self._held.clear()
+        for each in gathered(fresh):
+            self._say(f"{self._counted} {each.line}" if self._plain else each.line)
+
+    @property
+    def _counted(self) -> str:
+        return f"{self._what} {self._count}/{self._total}"
+
+    def _say(self, line: str) -> None:
         if self._plain:
-            sys.stderr.write(f"{self._what} {self._count}/{self._total} {about}{outcome}\n")
-        elif outcome:
-            self._bar.console.print(about + outcome, markup=False, highlight=False)
+            sys.stderr.write(line + "\n")
+        else:
+            self._bar.console.print(line, markup=False, highlight=False)

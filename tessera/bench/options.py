@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,7 +17,8 @@ class RunOptions:
 
     backends: str = "usable"
     """Comma separated: names that `tessera backends` lists, `PREFILL+DECODE` for a pair, auto; `usable` stands for auto
-    and all that can serve here, `all` for all there are, the others as rows that say why not."""
+    and all that can serve here, `all` for all there are, the others as rows that say why not. A name given twice is
+    compared with itself, as NAME and NAME#2: what is found then is noise."""
     repeats: int = 5
     """Times that each case is run, all subjects in turn."""
     out: str | None = None
@@ -44,13 +46,14 @@ def numbers(flag: str, text: str, kind: type[int] | type[float], low: float, hig
         except ValueError:
             raise ConfigError(f"{flag} has {word.strip()!r}, which is not a number", f"use {flag} 1,2,4") from None
         if not low <= found[-1] <= high:
-            raise ConfigError(f"{flag} has {word.strip()}, which is not between {low:g} and {high:g}", f"mend {flag}")
+            message = f"{flag} has {word.strip()}, which is not between {low:.10g} and {high:.10g}"
+            raise ConfigError(message, f"mend {flag}")
     return found
 
 
 def require(module: str, extra: str, purpose: str) -> None:
     """Raise ConfigError where `module`, which an extra installs, is missing."""
-    from tessera.attention.contract import import_error
-
-    if problem := import_error(module):
-        raise ConfigError(f"{purpose} needs {module}: {problem}", f"pip install 'tessera-llm[{extra}]'")
+    try:
+        import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{purpose} needs {module}: {error}", f"pip install 'tessera-llm[{extra}]'") from None

@@ -110,18 +110,6 @@ def append(path: Path, records: Iterable[Record]) -> None:
             os.fsync(file.fileno())
 
 
-def check_writable(path: Path) -> None:
-    """Raise ConfigError where rows cannot be added to a file, before anything has been measured for it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be written: {error.strerror or error}", "name another file with --out"
-        ) from None
-
-
 def read(path: Path) -> list[Record]:
     """The rows of a file, or of every .jsonl file in a folder. ConfigError where one cannot be read, with its line."""
     if not path.exists():

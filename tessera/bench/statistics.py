@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 Verdict = Literal["faster", "slower", "no difference", "too few repeats"]
 Floats = NDArray[np.float64]
@@ -168,6 +167,8 @@ def holm(p_values: Sequence[float], alpha: float = 1 - CONFIDENCE) -> list[bool]
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """The p value of answers that only `a` and only `b` got right, if both were equally good (exact binomial)."""
+    from scipy import stats
+
     total = only_a + only_b
     return 1.0 if total == 0 else float(stats.binomtest(only_a, total, 0.5).pvalue)
 
@@ -192,6 +193,8 @@ def score_difference(a: float, a_stderr: float, b: float, b_stderr: float) -> tu
 
     They are taken as independent, which understates a difference of scores on the same questions.
     """
+    from scipy import stats
+
     error = math.hypot(a_stderr, b_stderr)
     half = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * error
     p_value = float(2 * stats.norm.sf(abs(a - b) / error)) if error else float(a == b)
@@ -228,6 +231,8 @@ def _welch(x: Floats, y: Floats, confidence: float) -> tuple[float, float]:
 def _t_test(mean: float, error: float, degrees: float, confidence: float) -> tuple[float, float]:
     if error <= 1e-12:  # of a relative figure: the repeats are equal to the last digit
         return 0.0, 1.0 if abs(mean) <= 1e-12 else 0.0
+    from scipy import stats
+
     distribution: Any = stats.t
     half = float(distribution.ppf((1 + confidence) / 2, degrees)) * error
     return half, float(2 * distribution.sf(abs(mean) / error, degrees))

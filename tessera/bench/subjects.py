@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tessera.attention.contract import Phase, Shape
-from tessera.attention.registry import BackendRow, backend_rows, check_name
+from tessera.attention.registry import BackendRow, backend_rows, check_name, rung_of
 from tessera.bench.record import Subject
-from tessera.errors import ConfigError
 from tessera.types import EngineInfo
 
 
@@ -20,11 +20,14 @@ class Wanted:
     decode: str
     reasons: list[str] = field(default_factory=list, compare=False)
     """Why it cannot serve here; such a one is a row without figures."""
+    number: int = 1
+    """Among those that are the same: a backend named twice is compared with itself."""
 
     @property
     def label(self) -> str:
-        """`triton`, or `flash_attn:4+triton` where the phases differ."""
-        return self.prefill if self.prefill == self.decode else f"{self.prefill}+{self.decode}"
+        """`triton`, or `flash_attn:4+triton` where the phases differ; `triton#2` for one named a second time."""
+        name = self.prefill if self.prefill == self.decode else f"{self.prefill}+{self.decode}"
+        return name if self.number == 1 else f"{name}#{self.number}"
 
     @property
     def settings(self) -> dict[str, str]:
@@ -46,9 +49,10 @@ def wanted_backends(text: str, shapes: Sequence[Shape]) -> list[Wanted]:
     """What `--backends TEXT` names, in its order, each with the reasons against it on these shapes.
 
     TEXT is comma separated: `triton` (both phases), `flash_attn:4+triton` (prefill + decode), `auto`; `usable` stands
-    for auto and all that can serve here, `all` for all there are. A library of which one variant only prefills and
-    another only decodes is taken with the first of each that can. ConfigError on a name that does not exist or that is
-    given twice.
+    for auto and all that can serve here, `all` for all there are, rungs of the ladder left out. A library of which one
+    variant only prefills and another only decodes is taken with the first of each that can. One that is named again is
+    a subject of its own, with a process of its own: an A/A run, `naive,naive`, shows what a benchmark finds where there
+    is nothing to find; its label, `naive#2`, is taken for the name too. ConfigError on a name that does not exist.
     """
     rows = backend_rows(shapes)
     wanted: list[Wanted] = []
@@ -57,10 +61,7 @@ def wanted_backends(text: str, shapes: Sequence[Shape]) -> list[Wanted]:
             wanted += [each for each in _every(rows) if word == "all" or not each.reasons]
         else:
             wanted.append(_named(word, rows))
-    for each in wanted:
-        if wanted.count(each) > 1:
-            raise ConfigError(f"{each.label} is to be compared with itself", "name each backend once")
-    return wanted
+    return [replace(each, number=1 + wanted[:place].count(each)) for place, each in enumerate(wanted)]
 
 
 def subject_of(wanted: Wanted, info: EngineInfo) -> Subject:
@@ -71,7 +72,7 @@ def subject_of(wanted: Wanted, info: EngineInfo) -> Subject:
 
 
 def _named(word: str, rows: Sequence[BackendRow]) -> Wanted:
-    prefill, _, decode = word.partition("+")
+    prefill, _, decode = re.sub(r"#[1-9]\d*$", "", word).partition("+")
     for name in (prefill, decode or prefill):
         if name != "auto":
             check_name(name)
@@ -85,7 +86,8 @@ def _pair(prefill: str, decode: str, rows: Iterable[BackendRow]) -> Wanted:
 
 
 def _every(rows: Sequence[BackendRow]) -> list[Wanted]:
-    """Auto, every backend that knows both phases, and one pair of each library that divides them."""
+    """Auto, every backend that knows both phases, and one pair of each library that divides them; no rungs."""
+    rows = [row for row in rows if rung_of(row.name) is None]
     knows = {(row.name, row.phase) for row in rows if f"no {row.phase} kernel" not in row.reasons}
     wanted, divided = [Wanted("auto", "auto")], dict[str, list[str]]()
     for name in dict.fromkeys(row.name for row in rows):

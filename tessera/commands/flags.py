@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from tessera.config import EngineConfig, Setting, check_section, field_docstrings, section_types, settings_of
@@ -28,26 +29,45 @@ class Parser(argparse.ArgumentParser):
             return
         given = next((word for word in extra if word.startswith("-")), extra[0])
         name = given.partition("=")[0]
-        known = [flag for action in command._actions for flag in action.option_strings]
+        shown = [action for action in command._actions if action.help is not argparse.SUPPRESS]
+        known = [flag for action in shown for flag in action.option_strings]
         near = difflib.get_close_matches(name, known, n=1)
         what = "unknown flag" if name.startswith("-") else "unexpected word"
         hint = f"did you mean {near[0]}?" if near and what == "unknown flag" else f"see `{command.prog} --help`"
         raise ConfigError(f"{what} {name!r}", hint)
 
 
-def add_model(parser: Parser) -> None:
-    """The model as a bare word, and every engine setting as a flag."""
-    parser.add_argument("model_word", metavar="MODEL", nargs="?", help="The same as --model.")
+def add_model(
+    parser: Parser, *, defaults: Mapping[str, object] = MappingProxyType({}), refused: Container[str] = ()
+) -> None:
+    """The model as a bare word, and every engine setting as a flag; `defaults` and `refused` as for `add_settings`."""
+    text = argparse.SUPPRESS if "model" in refused else "The same as --model."
+    parser.add_argument("model_word", metavar="MODEL", nargs="?", help=text)
     for name, section in section_types(EngineConfig).items():
-        add_settings(parser, name, settings_of(section))
+        add_settings(parser, name, settings_of(section), defaults=defaults, refused=refused)
 
 
-def add_settings(parser: Parser, title: str, settings: Iterable[Setting]) -> None:
-    """A group of flags; those left out on the command line are left out of the namespace."""
+def add_settings(
+    parser: Parser,
+    title: str,
+    settings: Iterable[Setting],
+    *,
+    defaults: Mapping[str, object] = MappingProxyType({}),
+    refused: Container[str] = (),
+) -> None:
+    """A group of flags; those left out on the command line are left out of the namespace.
+
+    `defaults` says, by name, what the command takes for a flag that is left out where that is not the setting's own
+    default. Those `refused` are understood, for the command to say why not, and not shown.
+    """
     group = parser.add_argument_group(title)
     for setting in settings:
-        more = "" if setting.default is None else f" (default: {setting.default})"
-        given: dict[str, Any] = {"help": (setting.help + more).replace("%", "%%"), "default": argparse.SUPPRESS}
+        default = defaults.get(setting.name, setting.default)
+        more = "" if default is None else f" (default: {default})"
+        text = setting.help.partition(" Left out:")[0] if setting.name in defaults else setting.help
+        given: dict[str, Any] = {"help": (text + more).replace("%", "%%"), "default": argparse.SUPPRESS}
+        if setting.name in refused:
+            given["help"] = argparse.SUPPRESS
         if setting.kind is bool:
             given["action"] = argparse.BooleanOptionalAction
         else:

@@ -18,7 +18,11 @@ from tessera.model.spec import ModelSpec, Rope
 
 
 class LlamaLayer(nn.Module):
-    """Attention, then a gated MLP, each on normalised input and added to what came in."""
+    """Attention, then a gated MLP, each on normalised input and added to what came in.
+
+    The MLP's output is not added here but by the norm that follows, the next layer's or the model's, which may do
+    both in one launch.
+    """
 
     def __init__(self, spec: ModelSpec, layer: int, placement: Placement) -> None:
         super().__init__()
@@ -29,11 +33,16 @@ class LlamaLayer(nn.Module):
             spec.hidden_size, spec.intermediate_size, spec.activation, bias=spec.mlp_bias, placement=placement
         )
 
-    def forward(self, hidden: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
-        """[tokens, hidden_size] -> [tokens, hidden_size]"""
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, attend)
-        output: Tensor = hidden + self.mlp(self.mlp_norm(hidden))
-        return output
+    def forward(
+        self, hidden: Tensor, update: Tensor | None, rotation: Rotation, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """What came in and what is still to be added to it -> the same after this layer; all [tokens, hidden_size]."""
+        if update is None:
+            normed = self.attention_norm(hidden)
+        else:
+            hidden, normed = self.attention_norm.add(hidden, update)
+        hidden, normed = self.mlp_norm.add(hidden, self.attention(normed, rotation, attend))
+        return hidden, self.mlp(normed)
 
     def slots(self, prefix: str) -> dict[str, Tensor]:
         """The weights of a layer under the names that transformers gives them."""
@@ -73,10 +82,11 @@ class Llama(LanguageModel):
         """See LanguageModel.forward."""
         hidden: Tensor = self.embedding(token_ids)
         rotation = self.rope(positions, hidden.dtype)
+        update: Tensor | None = None
         for layer in self.layers:
-            hidden = layer(hidden, rotation, attend)
-        output: Tensor = self.norm(hidden)
-        return output
+            hidden, update = layer(hidden, update, rotation, attend)
+        assert update is not None, "a model has layers"
+        return self.norm.add(hidden, update)[1]
 
     def slots(self) -> dict[str, Tensor]:
         """See LanguageModel.slots."""

@@ -34,7 +34,7 @@ class Runner:
         self._model, self._attention = model, attention
         self._k_pages, self._v_pages = k_pages, v_pages
         self._inputs = InputBuilder(len(k_pages[0]), k_pages[0].shape[1], device)
-        self._sampler = Sampler(model.spec.eos_token_ids)
+        self._sampler = Sampler(model.spec.eos_token_ids, device)
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:

@@ -3,7 +3,9 @@
 A row's result depends on that row alone: its logits, its parameters, its seed and how many tokens it
 has, never on what else is in the batch, on preemption or on the order of steps. So the random number
 is a hash of (seed, position), not the state of a generator, and the token is found by inverting the
-cumulative distribution over the vocabulary in its own order.
+cumulative distribution over the vocabulary in its own order. On CUDA one kernel does this for all rows
+(`kernels.sampling`), without sorting; its tokens are those of the path below but where rounding tips a
+draw that falls on the border of two tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Sequence as Items
 import torch
 from torch import Tensor
 
+from tessera.kernels.fused import fused_on
 from tessera.types import Sequence, TokenLogprobs
 
 _TOP_P_SHORTLIST = 1024
@@ -20,10 +23,21 @@ _TOP_P_SHORTLIST = 1024
 
 
 class Sampler:
-    """Samples the next token of each sequence; `eos_token_ids` are held back until `min_tokens`."""
+    """Samples the next token of each sequence; `eos_token_ids` are held back until `min_tokens`.
 
-    def __init__(self, eos_token_ids: Items[int]) -> None:
+    device  where logits come from; None: a CPU
+    fused   whether the kernel chooses tokens; None: wherever it runs
+    """
+
+    def __init__(
+        self, eos_token_ids: Items[int], device: torch.device | None = None, *, fused: bool | None = None
+    ) -> None:
         self._eos_token_ids = list(eos_token_ids)
+        self.fused = (device is not None and fused_on(device)) if fused is None else fused
+        if self.fused:
+            from tessera.kernels.sampling import sample
+
+            self._sample_fused = sample
 
     def sample(self, logits: Tensor, sequences: Items[Sequence]) -> tuple[list[int], dict[Sequence, TokenLogprobs]]:
         """The sampled token ids, and logprobs of the sequences that asked for them.
@@ -55,6 +69,8 @@ class Sampler:
             row[held_back] = -torch.inf
 
     def _choose(self, logits: Tensor, sequences: Items[Sequence]) -> list[int]:
+        if self.fused:
+            return _as_ids(self._sample_fused(logits, parameters(sequences, logits.device)))
         random = [row for row, s in enumerate(sequences) if not s.params.greedy]
         if not random:
             return _as_ids(logits.argmax(-1))
@@ -62,6 +78,17 @@ class Sampler:
         rows = random if len(random) < len(sequences) else slice(None)
         chosen[rows] = _sample_random(logits[rows], [sequences[row] for row in random])
         return _as_ids(chosen)
+
+
+def parameters(sequences: Items[Sequence], device: torch.device) -> Tensor:
+    """[sequences, 5] float64: what `kernels.sampling.sample` is told about each row, brought over in one copy."""
+    rows = [
+        (0.0 if p.greedy else p.temperature, p.top_k, p.top_p, p.min_p, uniform(s.seed, s.num_output_tokens))
+        for s in sequences
+        for p in (s.params,)
+    ]
+    table = torch.tensor(rows, dtype=torch.float64)
+    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
 
 def token_logprobs(logprobs: Tensor, token_ids: Items[int], tops: Items[int]) -> list[TokenLogprobs]:

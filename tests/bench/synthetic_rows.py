@@ -8,7 +8,7 @@ import numpy as np
 
 from tessera.bench.kernels.ceilings import Measurement, ceiling_records
 from tessera.bench.provenance import Machine, Provenance
-from tessera.bench.record import Conditions, Kind, Record, Subject, Value
+from tessera.bench.record import CacheState, Conditions, Kind, Record, Status, Subject, Value
 from tessera.types import AttentionProof, KernelUse
 
 GPU = Machine("Xeon", 16, 128.0, ["avx512f"], "Linux 6.1 x86_64", "3.11.9", ["NVIDIA H200"], "570.1", "13.0")
@@ -52,17 +52,17 @@ def row(
     at: Provenance | None = None,
     samples: dict[str, list[float]] | None = None,
     dtype: str = "bfloat16",
-    cache: str = "off",
+    cache: CacheState = "off",
 ) -> Record:
-    conditions = Conditions("SmolLM2-135M", dtype, "cuda", warmup="1 pass", cache=cache)  # type: ignore[arg-type]
+    conditions = Conditions("SmolLM2-135M", dtype, "cuda", warmup="1 pass", cache=cache)
     at = at or where(command=f"tessera bench {kind} --repeats 5")
     return Record(kind, case, who, "ok", conditions, at, repeat, metrics, samples or {})
 
 
-def lost(kind: Kind, who: Subject, reason: str, status: str = "failed", repeat: int = 0) -> Record:
+def lost(kind: Kind, who: Subject, reason: str, status: Status = "failed", repeat: int = 0) -> Record:
     idle = replace(who, resolved={}, proofs=[])
     at = where(command=f"tessera bench {kind} --repeats 5")
-    return Record(kind, {"workload": "rose"}, idle, status, Conditions(), at, repeat, reason=reason)  # type: ignore[arg-type]
+    return Record(kind, {"workload": "rose"}, idle, status, Conditions(), at, repeat, reason=reason)
 
 
 def offline(

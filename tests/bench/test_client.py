@@ -8,16 +8,15 @@ import statistics
 import threading
 import time
 from asyncio.selector_events import _SelectorSocketTransport  # type: ignore[attr-defined]
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from fake_server import ITL_S, REFUSED_SEED, TTFT_S, Answer, Fake, running_fake
-from tessera.bench.served.client import Call, Load, Reply, closed_loop, open_loop
+from fake_server import ITL_S, REFUSED_SEED, TTFT_S, Answer, Fake
+from tessera.bench.served.client import Call, Load, closed_loop, open_loop
 from tessera.bench.served.latency import (
     Promise,
     bottleneck,
@@ -26,23 +25,13 @@ from tessera.bench.served.latency import (
     failures,
     goodput,
     itl_ms,
-    percentile,
     samples,
-    summary,
     throughput,
     tpot_ms,
     ttft_ms,
-    wrong_lengths,
 )
-from tessera.bench.served.rows import device_type
 from tessera.bench.served.targets import UrlTarget
-from tessera.types import EngineInfo
-
-
-@pytest.fixture(scope="module")
-def fake() -> Iterator[Fake]:
-    with running_fake() as running:
-        yield running
+from tessera.bench.statistics import percentile
 
 
 def _calls(number: int, *, max_tokens: int = 20, gap_s: float = 0.02, **more: Any) -> list[Call]:
@@ -267,54 +256,6 @@ def test_a_starved_client_is_told_of(fake: Fake) -> None:
     assert load.client_cpu > calm.client_cpu and load.lag_s > 0
     assert "the client was the bottleneck" in bottleneck(load)
     assert calm.client_cpu < 0.8
-
-
-def _reply(token_s: list[float], *, due_s: float = 0.0, sent_s: float = 0.0, error: str = "") -> Reply:
-    return Reply(0, due_s, sent_s, token_s, token_s[-1], 10, len(token_s), "length", error)
-
-
-def test_figures_follow_their_definitions() -> None:
-    reply = _reply([1.0, 1.1, 1.4, 1.4, 1.4], due_s=0.2, sent_s=0.5)
-    assert ttft_ms(reply) == pytest.approx(500) and due_ttft_ms(reply) == pytest.approx(800)
-    assert tpot_ms(reply) == pytest.approx(100) and e2e_ms(reply) == pytest.approx(900)
-    assert itl_ms(reply) == pytest.approx([100, 100, 100, 100])
-    assert tpot_ms(_reply([1.0])) is None and itl_ms(_reply([1.0])) == []
-    assert itl_ms(_reply([1.0, 1.0, 1.2])) == pytest.approx([200])  # no gap is known within the first chunk
-    load = Load([reply, _reply([0.1, 0.2])], seconds=2.0, client_cpu=0.1, lag_s=0.3)
-    assert throughput(load) == pytest.approx({"req_s": 1, "output_tok_s": 3.5, "prompt_tok_s": 10, "total_tok_s": 13.5})
-    assert goodput(load, Promise(400, 150)) == pytest.approx({"goodput_share": 0.5, "goodput_req_s": 0.5})
-    assert goodput(load, Promise(600, 99.9)) == pytest.approx({"goodput_share": 0, "goodput_req_s": 0})
-    assert goodput(load, Promise(600, 100.1)) == pytest.approx({"goodput_share": 1, "goodput_req_s": 1})
-
-
-def test_prompts_that_a_server_counted_otherwise_are_told_of() -> None:
-    replies = [replace(_reply([1.0]), prompt_tokens=count) for count in (5, 6, 6)]
-    assert wrong_lengths(replies, [5, 6, 6]) == ""
-    said = wrong_lengths(replies, [5, 5, 5])
-    assert said == "the server counted other prompt tokens than it was sent: 2 of 6 where 5 were asked for"
-
-
-def test_a_gpu_is_cuda_in_conditions_whatever_its_name() -> None:
-    assert device_type(None) == ""
-    for told, kind in (("cpu", "cpu"), ("cuda (NVIDIA H200)", "cuda")):
-        assert device_type(cast(EngineInfo, SimpleNamespace(device=told))) == kind
-
-
-def test_percentiles_are_those_of_numpy() -> None:
-    import numpy as np
-
-    values = [float(x) for x in np.random.default_rng(0).exponential(1, 37)]
-    for percent in (0, 50, 90, 99, 100):
-        assert percentile(values, percent) == pytest.approx(float(np.percentile(values, percent)))
-    assert summary("x", [1.0, 3.0]) == pytest.approx({"x_mean": 2, "x_p50": 2, "x_p90": 2.8, "x_p99": 2.98})
-    assert summary("x", []) == {}
-
-
-def test_the_bottleneck_is_told_by_processor_time_or_lag() -> None:
-    replies = [_reply([0.1, 0.2])]
-    assert bottleneck(Load(replies, 1, client_cpu=0.79, lag_s=0.0099)) == ""
-    assert "81% of a core" in bottleneck(Load(replies, 1, client_cpu=0.81, lag_s=0))
-    assert "10.1 ms late, with a median TTFT of 100.0 ms" in bottleneck(Load(replies, 1, client_cpu=0, lag_s=0.0101))
 
 
 def test_time_is_not_spent_collecting_garbage_while_it_is_measured(fake: Fake) -> None:

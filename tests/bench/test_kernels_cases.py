@@ -120,6 +120,24 @@ def test_on_a_cpu_every_preset_is_smaller_and_named_by_its_true_sizes() -> None:
         }
 
 
+@pytest.mark.parametrize("given", [{}, {"preset": "smoke"}, {"preset": "vit"}, {"ladder": True}])
+def test_without_a_model_a_preset_has_its_own_heads_and_asks_for_none(given: dict[str, Any]) -> None:
+    def no_model() -> Sequence[Shape]:
+        raise AssertionError("the model was asked for")
+
+    found = make_cases(KernelOptions(**given), CPU, no_model, model_named=False)
+    assert found
+    assert given or {case.heads for case in found} == {Heads(9, 3, 64)}
+
+
+def test_the_ladder_has_sizes_of_both_phases_and_heads_and_workloads_replace_them() -> None:
+    assert {case.phase for case in cases(ladder=True)} == {"prefill", "decode"}
+    assert {case.phase for case in cases(ladder=True, phases="decode")} == {"decode"}
+    assert {str(case.heads) for case in cases(ladder=True, heads="8/8/64")} == {"8/8/64"}
+    assert {case.workload for case in cases(ladder=True, workloads="q7", heads="8/8/64")} == {"q7"}
+    assert cases(ladder=True, preset="decode") == cases(preset="decode")
+
+
 def tokens_held(case: KernelCase) -> int:
     return sum(kv_len for part in case.parts for _, kv_len in part.lens)
 
@@ -165,7 +183,7 @@ def test_every_option_decides_the_cases() -> None:
         ({"phases": "decode", "preset": "vit"}, "--phases decode leaves nothing"),
         ({"phases": "prefill", "workloads": "q1s4"}, "nothing for prefill: one new token is decode"),
         ({"phases": "vision", "workloads": "q4s9"}, "vision takes sequences without a past"),
-        ({"window": 4, "preset": "vit"}, "--window 4 means nothing in vision"),
+        ({"window": 2**31, "preset": "vit"}, "--window 2147483648 means nothing in vision"),
         ({"page_size": 16, "preset": "vit"}, "--page-size 16 means nothing in vision"),
         ({"page_size": 32, "workloads": "q4", "phases": "vision"}, "--page-size 32 means nothing in vision"),
         ({"soft_cap": 4.0, "preset": "vit"}, "--soft-cap 4 means nothing in vision"),

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +15,13 @@ import torch
 
 from tessera import cli
 from tessera.attention.contract import Phase
+from tessera.bench.kernels import ceilings
+from tessera.bench.kernels import timing as kernel_timing
 from tessera.bench.kernels.benchmark import KernelBenchmark
 from tessera.bench.kernels.cases import Heads, KernelCase, Part, parse_workload
 from tessera.bench.kernels.ceilings import Measurement, ceiling_records
-from tessera.bench.kernels.tables import kernel_name, tables
+from tessera.bench.kernels.tables import tables
+from tessera.bench.kernels.words import kernel_name
 from tessera.bench.provenance import provenance
 from tessera.bench.record import Conditions, Record, Subject, Value, read
 from tessera.log import logger
@@ -29,21 +30,31 @@ from tessera.types import AttentionProof, KernelUse
 SMALL = ("--workloads", "2q32,q20_2q1s40", "--repeats", "2", "--device", "cpu", "--dtypes", "float32")
 
 
-def test_tables_are_printed_and_rows_appended(tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceilings have a test of their own."""
+    monkeypatch.setitem(ceilings.GEMM_SIZE, "cpu", 128)
+    monkeypatch.setitem(ceilings.MOVE_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(ceilings.SECONDS, "cpu", 0.0)
+    monkeypatch.setattr(kernel_timing, "FLUSH_BYTES", 2**22)
+
+
+def test_tables_are_printed_and_rows_appended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "rows.jsonl"
-    command = [sys.executable, "-m", "tessera.cli", "bench", "kernels", "--backends", "naive,torch_sdpa:flash,triton"]
-    done = subprocess.run(
-        [*command, *SMALL, "--out", str(out)], capture_output=True, text=True, timeout=120, env=dict(os.environ)
-    )
-    assert done.returncode == 0, done.stderr
-    assert "prefill 2q32, heads 9/3/64, float32, pages of 16, bound by" in done.stdout
-    assert "decode+prefill 2q1s40_q20, heads 9/3/64" in done.stdout
-    assert "4/6 runs succeeded" in done.stdout and "device cpu not in ('cuda',)" in done.stdout
-    assert "flash_attention_for_cpu" in done.stdout and "of ceiling" in done.stdout
-    assert f"rows appended to {out}" in done.stdout
+    words = ["bench", "kernels", "--backends", "naive,torch_sdpa:flash,triton", *SMALL, "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["tessera", *words])
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "prefill 2q32, heads 9/3/64, float32, pages of 16, bound by" in said
+    assert "decode+prefill 2q1s40_q20, heads 9/3/64" in said
+    assert "4/6 runs succeeded" in said and "in 2 cases: triton unavailable: device cpu not in ('cuda',)" in said
+    assert "flash_attention_for_cpu" in said and "of ceiling" in said
+    assert f"rows appended to {out}" in said
     rows = read(out)
     assert [row.kind for row in rows] == ["ceiling"] * 3 + ["kernels"] * 6
-    assert all(row.provenance.command.startswith("tessera bench kernels --backends naive") for row in rows)
+    assert all(row.provenance.command == f"tessera {' '.join(words)}" for row in rows)
     assert {row.conditions.seed for row in rows} == {0}
 
 
@@ -75,15 +86,18 @@ def test_json_is_one_object_a_row_and_a_failed_row_is_the_exit_code(
         (["--seed", "-1"], "seed must be"),
         (["--preset", "all"], "invalid choice: 'all'"),
         (["--out", "rows.txt"], "--out rows.txt does not end in .jsonl"),
+        (["--out", "/proc/none/rows.jsonl", "--model", "/nowhere"], "--out /proc/none/rows.jsonl cannot be written"),
         (["--attention", "naive"], "unknown flag '--attention'"),
         (["--model", "/nowhere"], "/nowhere"),
+        (["--ladder", "--backends", "naive"], "--ladder and --backends naive both say what is compared"),
+        (["--ladder", "--workloads", "q8_q1s9", "--heads", "4/2/32"], "a ladder has one phase"),
         (["--graph"], "--graph asks for CUDA graphs"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence_with_a_hint(
     args: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["bench", "kernels", "--device", "cpu", *args]) == (1 if "--model" in args else 2)
+    assert cli.main(["bench", "kernels", "--device", "cpu", *args]) == (1 if args[0] == "--model" else 2)
     captured = capsys.readouterr()
     assert said in captured.err and "hint: " in captured.err and not captured.out
 
@@ -110,7 +124,7 @@ def row(label: str, ms: float, workload: str = "q64") -> Record:
 def test_the_fastest_stands_first_and_the_summary_counts_wins_ratios_and_failures() -> None:
     rows = [row("a", 4.0), row("b", 2.0), row("c", 0), row("a", 3.0, "q128"), row("b", 12.0, "q128")]
     first, second, summary, outcome = tables(rows)
-    assert [line[0] for line in first.rows] == ["backend", "b", "a", "c"]
+    assert [line[0] for line in first.rows] == ["backend", "b", "a"] and first.lines == ["c failed: no tile"]
     assert [line[0] for line in second.rows] == ["backend", "a", "b"]
     assert first.rows[1][1:6] == ("2.00 ± 0.100", "5", "1.00", "500", "25.0%") and first.rows[0][4] == "GB/s"
     assert summary.rows[1:] == [
@@ -119,7 +133,32 @@ def test_the_fastest_stands_first_and_the_summary_counts_wins_ratios_and_failure
         ("c", "0", "-", "0 of 1"),
     ]
     assert outcome.title == "4/5 runs succeeded"
-    assert outcome.lines == ["failed in prefill q64 4/2/32 float32: c: no tile"]
+    assert outcome.lines == ["in prefill q64 4/2/32 float32: c failed: no tile"]
+
+
+def test_times_of_the_device_stand_beside_the_others_where_there_are_some() -> None:
+    timed = row("a", 4.0)
+    on_gpu = replace(timed, metrics=timed.metrics | {"device_ms_median": 3.0})
+    first, *_ = tables([on_gpu])
+    assert first.rows[0][:4] == ("backend", "ms", "device ms", "tok/s")
+    assert first.rows[1][1:4] == ("4.00 ± 0.100", "3.00", "5")
+    assert "device ms" not in tables([timed])[0].rows[0]
+
+
+def test_whom_one_reason_keeps_out_stand_in_one_line_and_no_reason_is_lost() -> None:
+    def out(label: str, reason: str, phase: str = "prefill") -> Record:
+        case, subject = row(label, 1.0).case | {"phase": phase}, Subject(label, asked={phase: label})
+        return Record("kernels", case, subject, "unavailable", Conditions(), provenance("test"), reason=reason)
+
+    rows = [out("x", "prefill: no GPU"), out("y", "prefill: no GPU"), out("z", "prefill: not there; prefill: no GPU")]
+    rows += [out("x", "decode: no GPU", "decode"), out("y", "decode: no decode kernel", "decode"), row("a", 1.0)]
+    *_, outcome = found = tables(rows)
+    assert found[0].lines == ["unavailable, reasons at the end: x, y, z"]
+    assert outcome.lines == [
+        "in 2 cases: x, y unavailable: no GPU",
+        "in prefill q64 4/2/32 float32: z unavailable: not there; no GPU",
+        "in decode q64 4/2/32 float32: y unavailable: no decode kernel",
+    ]
 
 
 def test_what_the_machine_can_do_stands_above() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -53,11 +55,13 @@ def test_graphs_are_for_decoding_as_in_the_engine(phase: Phase, mode: str, devic
     assert uses_graph(triton, part, mode, device) == graph
 
 
-def test_a_graph_reads_as_many_copies_as_memory_allows_and_a_single_call_one() -> None:
+def test_a_graph_reads_as_many_copies_as_memory_allows_and_a_single_call_another_than_its_warm_up() -> None:
     shape = Shape(32, 8, 128, 0.2, torch.bfloat16, "cuda", page_size=16)
     small, large = (Part(Phase.DECODE, parse_workload(text)) for text in ("8q1s512", "256q1s32k"))
     assert num_copies(small, shape, graph=True) == 8
-    assert num_copies(large, shape, graph=True) == num_copies(small, shape, graph=False) == 1
+    assert num_copies(large, shape, graph=True) == num_copies(large, shape, graph=False) == 1
+    assert num_copies(small, shape, graph=False) == 2
+    assert num_copies(small, replace(shape, device_type="cpu"), graph=False) == 1
 
 
 def test_the_seed_decides_the_inputs_and_no_two_pages_are_alike() -> None:

@@ -7,6 +7,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -26,7 +27,7 @@ from tessera.bench.kernels.cost import Cost
 from tessera.bench.kernels.entrants import Entrant
 from tessera.bench.kernels.figures import Runner, metrics_of
 from tessera.bench.kernels.inputs import expected_of, make_part_inputs
-from tessera.bench.kernels.timing import Cold, Problem, Timed, prepare
+from tessera.bench.kernels.timing import Cold, Graph, Problem, Timed, prepare
 from tessera.bench.record import Record
 from tessera.errors import BackendError
 from tessera.types import AttentionProof
@@ -62,7 +63,9 @@ class FakeGraph:
     def __init__(self, run: Callable[[int], object], num_runs: int) -> None:
         for number in range(num_runs):
             run(number)
-        written: Tensor = run.__self__._answers[0]  # type: ignore[attr-defined]
+        recorder = getattr(run, "__self__", None)
+        assert isinstance(recorder, Graph)
+        written = recorder._answers[0]
         self.answer, self.numbers = weakref.ref(written), written.clone()
         self.broken = False
 
@@ -187,11 +190,58 @@ def test_each_sample_of_a_short_kernel_has_the_launch_of_its_own_call(monkeypatc
     monkeypatch.setattr(kernel_timing, "make_event", lambda **_: FakeEvent())
     FakeEvent.device_ms = [0.01, 0.01, 500.0]
     cold, seconds = Cold("cpu"), [0.002, 0.03, 0.002]
-    samples = [cold.launched_ms(lambda: time.sleep(seconds.pop(0))) for _ in range(3)]
-    (short, short_host), (long, long_host), (device, device_host) = samples
-    assert short == short_host >= 2 and long == long_host >= 30, "bound by the host"
-    assert device == 500.0 > device_host >= 2, "bound by the device"
-    assert short != long
+    samples = [cold.launched_ms(lambda: time.sleep(seconds.pop(0)), lambda: None) for _ in range(3)]
+    (short, _), (long, _), (host, _) = samples
+    assert short >= 2 and long >= 30 and 2 <= host < 500 and short != long
+    assert [device for _, device in samples] == [0.01, 0.01, 500.0]
+
+
+def test_a_timed_call_finds_a_warm_host_and_cold_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_timing, "make_event", lambda **_: FakeEvent())
+    FakeEvent.device_ms = [1.0]
+    cold, order = Cold("cpu"), list[str]()
+    cold.memory.fill_(1.0)
+
+    def called(what: str) -> None:
+        order.append(f"{what}, {'flushed' if not cold.memory.any() else 'not flushed'}")
+
+    cold.launched_ms(lambda: called("timed"), lambda: called("warm-up"))
+    assert order == ["warm-up, not flushed", "timed, flushed"]
+
+
+@pytest.mark.parametrize(("seconds", "device_ms", "longest"), [(0.03, 1.0, "host"), (0.0, 500.0, "device")])
+def test_a_sample_on_a_gpu_is_the_longer_of_host_and_device_and_both_are_kept(
+    seconds: float, device_ms: float, longest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_timing, "make_event", lambda **_: FakeEvent())
+    FakeEvent.device_ms = [device_ms]
+    part = Part(Phase.DECODE, parse_workload("3q1s40"))
+    inputs = make_part_inputs(part, Shape(4, 2, 32, 0.2, torch.float32, "cpu", page_size=16), 2, 0)
+    problem = Problem(part, inputs, expected_of(part, inputs), "eager", "a device")
+    copies: list[int] = []
+
+    def run(backend: Any, plan: Any, inputs: Any, number: int) -> Tensor:
+        copies.append(number)
+        time.sleep(seconds)
+        return plain(backend, plan, inputs, number)
+
+    plain = kernel_timing._run
+    timed = prepare(Naive, problem, Cold("cpu"))
+    monkeypatch.setattr(kernel_timing, "_run", run)
+    backend = Naive(Phase.DECODE, inputs.shape)
+    call = kernel_timing.Eager(backend, backend.plan(inputs.batch), inputs)
+    way = kernel_timing._way(backend, problem, call, Cold("cpu"), (timed.launches, timed.devices))
+    runner = Runner(Entrant({Phase.DECODE: "naive"}), [replace(timed, ways={"eager": way})])
+    runner.sample()
+    assert copies == [1, 0], "the warm-up reads another copy"
+    times = {"host": runner.samples["decode_launch_ms"], "device": runner.samples["device_ms"]}
+    assert times["device"] == [device_ms] and runner.samples["ms"] == times[longest]
+    assert metrics_of(runner, Cost(1.0, 1.0), 1)["device_ms_median"] == device_ms
+
+
+def test_a_cpu_has_no_device_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = rows_of("2q1s40", Naive, monkeypatch)
+    assert "device_ms_median" not in row.metrics and set(row.samples) == {"ms"}
 
 
 def test_the_hosts_part_of_each_sample_is_kept_and_its_median_a_figure() -> None:

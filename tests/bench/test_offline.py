@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,7 +24,9 @@ from tessera.bench.benchmark import Done
 from tessera.bench.offline import benchmark as offline
 from tessera.bench.offline.results import reasons, table, write_results
 from tessera.bench.offline.worker_process import WorkerError, WorkerProcess
-from tessera.bench.record import read
+from tessera.bench.record import Record, read
+from tessera.bench.report.rows import arrange
+from tessera.bench.report.verdict import verdict
 
 
 def test_subjects_take_turns_and_the_order_turns_round(tmp_path: Path) -> None:
@@ -42,6 +47,8 @@ def test_figures_follow_from_seconds_and_counted_tokens(tmp_path: Path) -> None:
     assert found["warmup_seconds"] == 1.0 and row.conditions.warmup == "2 x the same work"
     assert found["latency_ms_p50"] == 500 and found["peak_memory_bytes"] == 1000
     assert row.conditions.cache == "off" and row.conditions.settings["fake"] == "1"
+    (row,) = benchmark([fake(tmp_path, "a")], 1, warmup=0).records()
+    assert row.conditions.warmup == "none" and row.metrics["warmup_seconds"] == 0
 
 
 @pytest.mark.parametrize(
@@ -74,15 +81,17 @@ def test_a_start_that_fails_gives_failed_rows_with_its_reason(tmp_path: Path) ->
 
 
 def test_too_little_memory_for_all_means_one_at_a_time_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     holds = f"open({str(tmp_path / 'held')!r}, 'w').close(); import atexit; "
     holds += f"atexit.register(os.remove, {str(tmp_path / 'held')!r})"
     wants = f"\n        if os.path.exists({str(tmp_path / 'held')!r}): raise RuntimeError('CUDA out of memory')"
-    logging.getLogger("tessera").addHandler(caplog.handler)
+    monkeypatch.setattr("tessera.log.logger.propagate", True)
+    caplog.set_level(logging.INFO, "tessera")
     rows = list(benchmark([fake(tmp_path, "a", load=holds), fake(tmp_path, "b", load=wants)], 2).records())
     assert [(row.subject.label, row.status) for row in rows] == [("a", "ok")] * 2 + [("b", "ok")] * 2
     assert "memory does not hold b beside the others" in caplog.text
+    assert "loading a\n" in caplog.text and re.search(r"a is loaded and warm after \d+\.\d s", caplog.text)
     assert {row.conditions.settings["order"] for row in rows} == {"one at a time"}
 
 
@@ -190,22 +199,42 @@ def test_the_ratio_is_paired_by_repeat_with_its_spread(tmp_path: Path) -> None:
     assert written["provenance"]["versions"]["torch"]
 
 
-def test_real_backends_and_transformers_from_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = "--backends torch_sdpa,flashinfer:fa2 --peer hf,vllm --peer-option hf:batch_size=2 --repeats 2 --warmup 0"
-    flags += " --num-prompts 3 --input-len 8..12 --output-len 2..4 --temperature 0 --dtype float32 --cpu-threads 1"
-    out = tmp_path / "rows.jsonl"
-    assert cli.main(["bench", "offline", *flags.split(), "--out", str(out)]) == 0
-    rows = read(out)
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[list[Record], str, Path]:
+    """(rows, stdout, folder) of one command: a backend twice, one that cannot serve here, and two peers."""
+    work = "--num-prompts 3 --input-len 8..12 --output-len 2..4 --temperature 0 --dtype float32 --cpu-threads 1"
+    who = "--backends torch_sdpa,torch_sdpa,flashinfer:fa2 --peer hf,vllm --peer-option hf:batch_size=2 --repeats 9"
+    model = f"--model {tiny_model} --load-format dummy"
+    folder, said = tmp_path_factory.mktemp("offline"), io.StringIO()
+    out = folder / "rows.jsonl"
+    with contextlib.redirect_stdout(said):
+        assert cli.main(["bench", "offline", *work.split(), *who.split(), *model.split(), "--out", str(out)]) == 0
+    return read(out), said.getvalue(), folder
+
+
+def test_real_backends_and_transformers_from_one_command(measured: tuple[list[Record], str, Path]) -> None:
+    rows, said, folder = measured
     ours = [row for row in rows if row.subject.label == "torch_sdpa"]
     theirs = [row for row in rows if row.subject.label == "hf"]
-    assert [row.status for row in ours + theirs] == ["ok"] * 4
+    assert [row.status for row in ours + theirs] == ["ok"] * 18
     assert {proof.phase for proof in ours[0].subject.proofs} == {"prefill", "decode"}
     assert theirs[0].conditions.settings["batch_size"] == 2 and "not proven" in theirs[0].subject.note
     assert ours[0].metrics["cached_prompt_tokens"] == ours[1].metrics["cached_prompt_tokens"] == 0
-    assert ours[0].conditions.warmup == "none" and len(ours[0].samples["latency_ms"]) == 3
+    assert ours[0].conditions.warmup == "1 x the same work" and len(ours[0].samples["latency_ms"]) == 3
     absent = {row.subject.label: row.reason for row in rows if row.status == "unavailable"}
     assert "pip install vllm" in absent["vllm"] and "flashinfer" in absent["flashinfer:fa2"]
-    assert len(rows) == 6
-    said = capsys.readouterr().out
+    assert len(rows) == 3 * 9 + 2
     assert "torch_sdpa" in said and "vllm unavailable" in said
-    assert json.loads((tmp_path / "offline_results.json").read_text())["case"]["input_len"] == "8..12"
+    assert json.loads((folder / "offline_results.json").read_text())["case"]["input_len"] == "8..12"
+
+
+def test_a_backend_against_itself_is_no_difference(measured: tuple[list[Record], str, Path]) -> None:
+    """Two processes, one run of three: by chance one of twenty finds something where there is nothing, a benchmark that
+    favours a side finds it always.
+    """
+    rows = [row for row in measured[0] if row.subject.label.startswith("torch_sdpa")]
+    assert {row.subject.label for row in rows} == {"torch_sdpa", "torch_sdpa#2"}
+    assert {row.status for row in rows} == {"ok"}
+    runs = [[row for row in rows if row.repeat // 3 == number] for number in range(3)]
+    said = [" ".join(verdict(arrange(run), None)) for run in runs]
+    assert any("no difference" in each or "noise" in each for each in said), said

@@ -40,6 +40,9 @@ def test_a_model_with_too_small_a_vocabulary_or_context_is_refused() -> None:
     with pytest.raises(ConfigError, match="96 token ids") as refused:
         PRESETS["quick"].check_fits("tiny", 96, 1000)
     assert refused.value.hint
+    with pytest.raises(ConfigError, match="80 tokens a sequence, --max-model-len is 4") as refused:
+        PRESETS["quick"].check_fits("tiny", 50_000, 2048, 4)
+    assert refused.value.hint == "use --max-model-len 80, or leave it out"
     with pytest.raises(ConfigError, match="8448 tokens a sequence, tiny takes 2048"):
         PRESETS["long"].check_fits("tiny", 50_000, 2048)
 
@@ -54,6 +57,8 @@ def test_a_model_with_too_small_a_vocabulary_or_context_is_refused() -> None:
         ("--num-prompts 0 --input-len 9 --output-len 4", "num_prompts must be"),
         ("--preset huge", "invalid choice"),
         ("--preset rose --max-model-len 200", "needs 320 tokens a sequence"),
+        ("--max-model-len 4", "use --max-model-len 80"),
+        ("--out /proc/none/x.jsonl", "--out /proc/none/x.jsonl cannot be written: "),
         ("--temperature -1", "temperature must be"),
         ("--warmup -1", "warmup must be"),
         ("--pass-timeout 0", "pass_timeout must be"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,17 @@ def test_peers_import_the_standard_library_only(path: Path) -> None:
 
 
 def test_greedy_tokens_of_transformers_on_our_weights_are_ours(tmp_path: Path) -> None:
-    ours = worker_of_ours.Worker()
-    ours.load({"dtype": "float32", "max_model_len": 32, "enable_prefix_caching": False, "attention": "torch_sdpa"})
-    expected = ours.run(PROMPTS, OUTPUT_LENS, 0.0)
     folder = folder_of(find_model(ModelConfig()), torch.float32, tmp_path)
-    worker, facts = started("hf", {"model": str(folder), "max_num_seqs": 2})
+
+    def answer() -> dict[str, Any]:
+        ours = worker_of_ours.Worker()
+        ours.load({"dtype": "float32", "max_model_len": 32, "enable_prefix_caching": False, "attention": "torch_sdpa"})
+        return ours.run(PROMPTS, OUTPUT_LENS, 0.0)
+
+    with ThreadPoolExecutor() as beside:  # while the other starts, whose parent must be this thread
+        answering = beside.submit(answer)
+        worker, facts = started("hf", {"model": str(folder), "max_num_seqs": 2})
+        expected = answering.result()
     found = worker.ask("run", prompts=PROMPTS, output_lens=OUTPUT_LENS, temperature=0.0)
     assert found["output_ids"] == expected["output_ids"]
     assert found["prompt_tokens"] == expected["prompt_tokens"] == 10

@@ -20,24 +20,33 @@ from tessera.errors import ConfigError
 from tessera.model.source import find_model
 from tessera.text.tokenizer import load_tokenizer
 
-SMALL = "--prompts 3 --tokens 3 --window 24 --windows 2 --cpu-threads 1"
 
-
-def test_naive_is_its_own_reference_and_bfloat16_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_naive_is_its_own_reference_and_bfloat16_differs(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "rows.jsonl"
-    flags = f"--backends naive,flashinfer:fa2 --dtypes float32,bfloat16 {SMALL} --out {out}"
-    assert cli.main(["bench", "quality", *flags.split()]) == 0
-    exact, _, coarse, _ = rows = read(out)
-    assert [row.status for row in rows] == ["ok", "unavailable", "ok", "unavailable"]
+    flags = f"--model {tiny_model} --load-format dummy --cpu-threads 1 --out {out}"
+    flags += " --prompts 3 --tokens 3 --window 24 --windows 2 --backends naive,flashinfer:fa2,flashinfer:cuda_cores"
+    assert cli.main(["bench", "quality", *flags.split(), "--dtypes", "float32,bfloat16"]) == 0
+    exact, _, _, coarse, _, _ = rows = read(out)
+    assert [row.status for row in rows] == ["ok", "unavailable", "unavailable"] * 2
     for name in ("kl_mean", "kl_max", "max_logit_error", "nll_difference"):
         assert exact.metrics[name] == 0 < abs(coarse.metrics[name]), name
     for name in ("greedy_agreement_led", "greedy_agreement_free", "equal_answers", "nll_p_value"):
         assert exact.metrics[name] == 1, name
     assert coarse.metrics["kl_max"] < 0.2 and {proof.backend for proof in coarse.subject.proofs} == {"naive"}
+    said = capsys.readouterr().out
+    assert "perplexity" in said and "flashinfer:fa2 unavailable: prefill: flashinfer is not installed" in said
+
+
+def test_perplexity_is_that_of_transformers_on_the_same_weights(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    flags = f"--prompts 1 --tokens 1 --window 24 --windows 2 --cpu-threads 1 --out {out}"
+    assert cli.main(["bench", "quality", "--backends", "naive", "--dtypes", "float32", *flags.split()]) == 0
+    (exact,) = read(out)
     assert exact.metrics["perplexity"] == pytest.approx(_perplexity_of_transformers(24, 2), rel=1e-4)
     losses = [loss for n in range(2) for loss in exact.samples[f"nll_window_{n}"]]
     assert len(losses) == 2 * 23 and math.exp(sum(losses) / 46) == pytest.approx(exact.metrics["perplexity"], rel=1e-4)
-    assert "perplexity" in capsys.readouterr().out
 
 
 def _perplexity_of_transformers(length: int, count: int) -> float:
@@ -63,7 +72,7 @@ def test_paired_tests_are_mcnemar_for_scores_and_t_for_others() -> None:
     assert paired_p_value(ours, theirs) == pytest.approx(stats.binomtest(5, 6).pvalue) == pytest.approx(0.21875)
     a, b = [1.5, 2.5, 3.1, 4.0], [1.0, 2.6, 2.9, 3.2]
     assert paired_p_value(a, b) == pytest.approx(stats.ttest_rel(a, b).pvalue)
-    assert paired_p_value(a, a) == 1
+    assert paired_p_value(a, a) == paired_p_value([1.0], [2.0]) == 1 and paired_p_value([2.5, 3.5], [1.5, 2.5]) == 0
 
 
 def test_a_perplexity_of_one_window_has_no_test() -> None:
@@ -106,6 +115,7 @@ def test_windows_do_not_overlap_and_a_short_text_is_refused() -> None:
         ("--lm-eval x --lm-eval-python /usr/bin/false", "lm-eval is not installed for"),
         ("--lm-eval ,", "names no task"),
         ("--out rows.json", "does not end in .jsonl"),
+        ("--out /proc/none/rows.jsonl --dtypes float8", "--out /proc/none/rows.jsonl cannot be written"),
     ],
 )
 def test_a_wrong_option_is_one_sentence_and_a_hint(flags: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:

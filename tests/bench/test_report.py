@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from synthetic_rows import offline
+from synthetic_rows import offline, where
 from tessera.bench.record import append
 from tessera.cli import main
 
@@ -43,7 +43,12 @@ def test_the_command_writes_page_markdown_and_figures(tmp_path: Path, capsys: py
         (["rows.jsonl", "--markdown", "page.html"], "does not end in .md"),
         (["rows.jsonl", "--figures", "rows.jsonl"], "is a file"),
         (["rows.jsonl", "--baseline", "nobody"], "no row with figures has this label"),
-        (["rows.jsonl", "--out", "/proc/none/page.html"], "cannot be written"),
+        (["missing.jsonl", "--out", "/proc/none/page.html"], "--out /proc/none/page.html cannot be written"),
+        (["missing.jsonl", "--out", "rows.jsonl/page.html"], "cannot be written: rows.jsonl is a file"),
+        (["missing.jsonl", "--out", "folder.html"], "--out folder.html is a folder"),
+        (["missing.jsonl", "--markdown", "/proc/none.md"], "--markdown /proc/none.md cannot be written"),
+        (["missing.jsonl", "--figures", "/proc/none"], "--figures /proc/none cannot be written"),
+        (["missing.jsonl", "--figures", "rows.jsonl/x"], "cannot be written: rows.jsonl is a file"),
         (["empty.jsonl"], "have no rows"),
     ],
 )
@@ -53,9 +58,25 @@ def test_what_it_cannot_do_is_one_sentence_and_a_hint(
     monkeypatch.chdir(tmp_path)
     append(tmp_path / "rows.jsonl", offline({"naive": 3000}))
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "folder.html").mkdir()
+    before = sorted(tmp_path.iterdir())
     assert main(["bench", "report", *words]) == 2
     found = capsys.readouterr().err
     assert problem in found and "hint: " in found and "Traceback" not in found
+    assert sorted(tmp_path.iterdir()) == before, "nothing is left behind"
+
+
+def test_how_to_repeat_names_the_file_as_it_was_given_and_the_command_that_made_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my rows").mkdir()
+    append(tmp_path / "my rows" / "a.jsonl", offline({"naive": 3000}, at=where(command="tessera bench offline x")))
+    words = ["my rows/a.jsonl", str(tmp_path / "my rows" / "a.jsonl"), "--markdown", "page.md"]
+    assert main(["bench", "report", *words]) == 0
+    text = (tmp_path / "page.md").read_text().partition("## How to repeat")[2]
+    assert "```console\ntessera bench offline x\ntessera bench report 'my rows/a.jsonl'\n```" in text
+    assert "- rows of this report: my rows/a.jsonl" in text
 
 
 def test_the_same_file_twice_is_read_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,12 +6,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
+from typing import cast
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure as Canvas
 
 import synthetic_rows as rows_of
 from synthetic_rows import LAPTOP, lost, offline, online, quality, row, subject, where
-from tessera.bench.record import Record
+from tessera.bench.record import Kind, Record
 from tessera.bench.report.build import build
 from tessera.bench.report.document import Report
 from tessera.bench.report.drawing import inline_svg
@@ -73,6 +76,23 @@ def test_what_did_not_run_is_there_with_its_reason(page: str, everything: Report
     assert "259/265 succeeded, 5 unavailable, 1 failed" in everything.subtitle
     for text in (page, markdown(everything)):
         assert "flash_attn:3 needs compute capability 9.0" in text and "while it compiled: out of memory" in text
+
+
+def test_whom_one_reason_keeps_out_stand_in_one_line_and_no_reason_is_lost() -> None:
+    both = "prefill: no GPU; decode: no GPU"
+    out = [lost("offline", subject(name), both, "unavailable") for name in ("triton", "xformers")]
+    out += [lost("offline", subject("flash"), "prefill: no GPU; decode: no kernel", "unavailable")]
+    out += [lost("online", subject("triton"), both, "unavailable"), lost("offline", subject("flex"), both)]
+    out += [lost("api", each.subject, both, "unavailable") for each in out[:2]]
+    report = build([*offline({"naive": 3000}), *out])
+    lines = [line for line in markdown(report).splitlines() if "no GPU" in line]
+    assert lines == [
+        "| offline, api | triton, xformers | unavailable | 4 | workload rose | no GPU |",
+        "| offline | flash | unavailable | 1 | workload rose | prefill: no GPU; decode: no kernel |",
+        "| online | triton | unavailable | 1 | workload rose | no GPU |",
+        "| offline | flex | failed | 1 | workload rose | no GPU |",
+    ]
+    assert "triton, xformers" in html(report)
 
 
 def test_how_to_repeat_names_commands_versions_and_machine(everything: Report) -> None:
@@ -213,10 +233,32 @@ def test_only_failures_give_a_page_that_says_so() -> None:
 
 def test_what_is_new_is_shown_and_not_judged() -> None:
     new = [
-        row("vision", subject(name), {"images": 4}, {"wobble": 3.25 + i}, repeat=i)  # type: ignore[arg-type]
+        row(cast(Kind, "vision"), subject(name), {"images": 4}, {"wobble": 3.25 + i}, repeat=i)
         for name in ("naive", "triton")
         for i in range(3)
     ]
     more = [replace(each, metrics=each.metrics | {"zeal": 77.0}) for each in offline({"naive": 3000, "triton": 4000})]
     text = markdown(build(new + more))
     assert "## Vision" in text and re.search(r"\| triton \| wobble \| 4.25 \|", text) and "is 1.3" in text
+
+
+@pytest.mark.parametrize(
+    ("flop_a_byte", "roofs"), [(3.0, True), (600.0, True), (3.0, False)], ids=["under", "beyond", "no roof"]
+)
+def test_a_roofline_of_one_case_shows_the_point_and_the_knee_and_no_line_above_the_roof(
+    flop_a_byte: float, roofs: bool
+) -> None:
+    found = [row for row in rows_of.kernels({"naive": 4.0}, ("8q1s512",)) if row.case.get("phase") == "decode"]
+    rate = {"tflop_s": 2.0, "tb_s": 2.0 / flop_a_byte}
+    found = [replace(row, metrics=row.metrics | rate) for row in found]
+    report = build(found + (rows_of.ceilings(found[0].provenance) if roofs else []))
+    (panel,) = next(figure for figure in report.figures if "roof" in figure.name).panels
+    axes = Canvas().add_subplot()
+    panel.draw(axes)
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    knee = 720 / 4.1
+    inside = [flop_a_byte, knee] if roofs else [flop_a_byte]
+    assert 2 * left < min(inside) and max(inside) < right / 2 and right / left < 100 * max(inside) / min(inside)
+    assert bottom < 2.0 < top and top < (1500 if roofs else 5)
+    drawn = [np.asarray(line.get_ydata(), float) for line in axes.get_lines() if line.get_linestyle() != "None"]
+    assert bool(drawn) is roofs and all(ys.max() <= 720 * (1 + 1e-9) for ys in drawn)

@@ -98,8 +98,12 @@ def test_a_label_in_two_types_is_two_subjects() -> None:
     ("change", "words"),
     [
         (
-            lambda each: replace(each, metrics=each.metrics | {"client_cpu": 0.97}),
-            "The client may have been the bottleneck in 48",
+            lambda each: replace(
+                each,
+                metrics=each.metrics | {"client_cpu": 0.97},
+                subject=replace(each.subject, note="the client was the bottleneck: it used 97% of a core"),
+            ),
+            "The client may have been the bottleneck in 48 of 48 online rows: it used up to 97% of a core.",
         ),
         (
             lambda each: replace(each, provenance=replace(each.provenance, commit="abc+changes")),

@@ -213,6 +213,12 @@ def test_a_kernel_alone_in_its_case_has_not_won_it() -> None:
     assert "Kernels, decode: triton has the shortest median in 2 of 2 cases with a rival" in said(alone)
 
 
+def test_of_one_case_no_mean_is_spoken_of() -> None:
+    text = said(kernels({"naive": 4.0, "triton": 1.0}, ("8q1s512",)))
+    assert "triton has the shortest median in the one case with a rival; against naive it is 4.0" in text
+    assert "1 of 1" not in text and "geometric mean" not in text
+
+
 def test_what_one_label_ran_is_taken_from_all_its_rows() -> None:
     records = offline([(NAIVE, 3000), (FLASH, 4000)])
     other = replace(subject("triton", DECODE), label=FLASH.label, asked={})

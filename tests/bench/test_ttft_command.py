@@ -29,6 +29,8 @@ from tessera.cli import main
         ("--fast=tritn", "tritn", "triton"),
         ("--fast=naive", "the simple backend", "leave it out"),
         ("--fast=usable", "names", "--fast triton"),
+        ("--fast=triton", "--fast triton cannot serve SmolLM2", "`tessera backends`"),
+        ("--out=/proc/none/x.jsonl", "--out /proc/none/x.jsonl cannot be written: ", "name a place"),
         ("--out=x.csv", "--out x.csv does not end in .jsonl", "--out x.jsonl"),
         ("--model=x", "--model x is not for this benchmark", "--models"),
         ("--no-enable-prefix-caching", "is decided by the benchmark", "leave it out"),
@@ -52,12 +54,20 @@ def test_bad_input_is_a_sentence_and_a_hint(
     assert not list(tmp_path.iterdir()), "nothing was measured"
 
 
-def test_the_real_model_in_four_bars_with_proofs_and_hits(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("keep_servers")
+def test_a_model_in_four_bars_with_proofs_and_hits(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, small: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    flags = ["--models=default", "--prompt-lens=16,64", "--fast=torch_sdpa", "--requests=2", "--repeats=1", "--json"]
-    assert main(["bench", "ttft", *flags, "--dtype=float32", "--max-model-len=256", "--log-level=error"]) == 0
+    flags = [
+        small[0].replace("--model=", "--models="),
+        "--prompt-lens=16,64",
+        "--fast=torch_sdpa",
+        "--requests=2",
+        "--repeats=1",
+        "--json",
+    ]
+    assert main(["bench", "ttft", *flags, *small[1:], "--log-level=error"]) == 0
     rows = read(Path("results/ttft.jsonl"))
     shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [each["metrics"] for each in shown] == [row.metrics for row in rows]

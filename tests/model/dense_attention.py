@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from tessera.model.language_model import LanguageModel
+from tessera.kernels.turn import Turn
+from tessera.model.language_model import Attend, LanguageModel
 from tessera.model.spec import ModelSpec
 
 
-def dense_attend(spec: ModelSpec, lengths: list[int]) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+def dense_attend(spec: ModelSpec, lengths: list[int]) -> Attend:
     """An `attend` over whole sequences packed one after another, in fp32."""
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, turn: Turn | None = None, /) -> Tensor:
+        assert turn is None, "the layers are not fused here"
         parts = []
         start = 0
         for length in lengths:

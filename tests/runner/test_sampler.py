@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.runner.sampler import Sampler, uniform
+from tessera.runner.sampler import Sampler, parameters, uniform
 from tessera.types import SamplingParams, Sequence
 
 EOS = 3
@@ -165,3 +165,22 @@ def test_logprobs_are_the_models_own_and_agree_with_themselves() -> None:
     assert entry.rank == int((exact > exact[token_ids[0]]).sum()) + 1
     assert [t for t, _ in entry.top] == exact.topk(4).indices.tolist()
     assert dict(entry.top).get(entry.token_id, entry.logprob) == entry.logprob
+
+
+def test_the_kernel_is_told_each_rows_own_parameters_and_random_number() -> None:
+    rows = [
+        sequence(seed=5, temperature=0.7, top_k=9, top_p=0.8, min_p=0.1, output=(4, 4)),
+        sequence(temperature=1e-6, top_k=-1),
+    ]
+    table = parameters(rows, torch.device("cpu"))
+    assert table.dtype == torch.float64
+    assert table.tolist() == [[0.7, 9, 0.8, 0.1, uniform(5, 2)], [0, 0, 1, 0, uniform(0, 0)]]
+
+
+def test_whether_the_kernel_serves_is_decided_once_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    assert not Sampler([EOS]).fused
+    assert not Sampler([EOS], torch.device("cpu")).fused
+    monkeypatch.setattr("tessera.runner.sampler.fused_on", lambda device: device.type == "cuda")
+    assert Sampler([EOS], torch.device("cuda")).fused
+    assert not Sampler([EOS], torch.device("cuda"), fused=False).fused

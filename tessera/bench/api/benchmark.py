@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from tessera.bench.api.load import (
     NUM_PROBES,
@@ -23,8 +24,8 @@ from tessera.bench.served.latency import bottleneck, failures, ttft_ms, wrong_le
 from tessera.bench.served.prompts import Prompts, prompts_for
 from tessera.bench.served.rows import device_type
 from tessera.bench.served.servers import Server
-from tessera.bench.served.targets import Target, UrlTarget
-from tessera.errors import ConfigError, TesseraError
+from tessera.bench.served.targets import Target, UrlTarget, check_names
+from tessera.bench.served.turns import records_in_turns
 from tessera.log import logger
 
 NUM_WARMUP_TOKENS = 8
@@ -55,10 +56,8 @@ class _Running:
 class ApiBenchmark:
     """Every target at every level of concurrency with every length of prompt, `repeats` times.
 
-    What is compared was measured in one run: a level that `done` has for some targets only is measured for all.
-    A server of ours is started for each repeat, is alone on the machine, and is stopped after it; every second repeat
-    takes targets and levels in reverse order. All targets get the same prompts; those of each row are new, so that
-    none profits from what another left in a prefix cache, unless `options.same_prompt`. A row in which a request
+    They take turns as served/turns.py says. All targets get the same prompts; those of each row are new, so that none
+    profits from what another left in a prefix cache, unless `options.same_prompt`. A row in which a request
     failed, was counted otherwise than asked, or hit the cache though its prompt was new, is failed.
     """
 
@@ -74,18 +73,16 @@ class ApiBenchmark:
         seed: int = 0,
         command: str | None = None,
     ) -> None:
-        labels = [target.label for target in targets]
-        if twice := sorted({label for label in labels if labels.count(label) > 1}):
-            raise ConfigError(f"{twice[0]} is named twice", "give each server a name of its own: --url NAME=URL")
+        check_names(targets)
         self.targets, self.options, self.repeats = targets, options, repeats
-        self.cells = [Cell(level, length) for length in options.lengths for level in options.levels]
+        self._cells = [Cell(level, length) for length in options.lengths for level in options.levels]
         self._model, self._seed, self._command = model, seed, command
         self._provenance: Provenance | None = None
 
     @property
     def num_records(self) -> int:
         """One a target, level, length and repeat."""
-        return len(self.targets) * len(self.cells) * self.repeats
+        return len(self.targets) * len(self._cells) * self.repeats
 
     def case_of(self, cell: Cell) -> dict[str, Value]:
         """As a Record has it; the model too, so that those of different models are never compared."""
@@ -102,41 +99,14 @@ class ApiBenchmark:
     def records(self, done: Container[Done] = ()) -> Iterator[Record]:
         """Measure and yield row by row."""
         self._provenance = self._provenance or provenance(self._command)
-        for repeat in range(self.repeats):
-            step = -1 if repeat % 2 else 1
-            left = {
-                target.label: [cell for cell in self.cells[::step] if not self._is_done(target, repeat, cell, done)]
-                for target in self.targets
-            }
-            of_any = [cell for target in self.targets if not target.reasons for cell in left[target.label]]
-            for target in self.targets[::step]:
-                wanted = left[target.label] if target.reasons else of_any
-                if cells := [cell for cell in self.cells[::step] if cell in wanted]:
-                    yield from self._of(target, repeat, cells)
+        keep = self.options.keep_servers
+        yield from records_in_turns(self, [self.targets], self.repeats, done, keep_servers=keep)
 
-    def _is_done(self, target: Target, repeat: int, cell: Cell, done: Container[Done]) -> bool:
-        return Done(self._failed(target, repeat, cell, "left out").case_key, target.label, repeat) in done
+    def cells(self, _target: Target) -> Sequence[Cell]:
+        """The same for every target: every length at every level."""
+        return self._cells
 
-    def _of(self, target: Target, repeat: int, cells: Sequence[Cell]) -> Iterator[Record]:
-        """The rows of one target in one repeat."""
-        if target.reasons:
-            for cell in cells:
-                yield replace(self._failed(target, repeat, cell, "; ".join(target.reasons)), status="unavailable")
-            return
-        left = list(cells)
-        try:
-            server, subject = target.start()
-            with server:
-                running = self._prepared(target, server, subject)
-                while left:
-                    row = self._measured(running, repeat, left[0])
-                    left.pop(0)
-                    yield row
-        except TesseraError as error:
-            for cell in left:
-                yield self._failed(target, repeat, cell, str(error).replace("\n\n", " "))
-
-    def _failed(self, target: Target, repeat: int, cell: Cell, reason: str) -> Record:
+    def blank(self, target: Target, repeat: int, cell: Cell, reason: str) -> Record:
         """A row without figures of a target of which nothing is known."""
         conditions = Conditions(model=self._model, seed=self._seed, settings=self._settings())
         case = self.case_of(cell)
@@ -161,7 +131,12 @@ class ApiBenchmark:
             "prompt_salt": self._salt,
             "timeout_s": options.request_timeout,
             "order": "targets and levels reversed every second repeat",
+            "server": "kept up beside the others" if options.keep_servers else "started for each repeat",
         }
+
+    def ready(self, target: Target, repeat: int, server: Server, subject: Subject) -> Callable[[Cell], Record]:
+        """What measures a level at this server."""
+        return partial(self._measured, self._prepared(target, server, subject), repeat)
 
     def _prepared(self, target: Target, server: Server, subject: Subject) -> _Running:
         model, info, settings = server.model, server.info, self._settings()

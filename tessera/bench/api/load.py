@@ -20,9 +20,11 @@ from collections.abc import Sequence
 import aiohttp
 
 from tessera.bench.record import CacheState
+from tessera.bench.served.answers import ANSWER_SECONDS, plain_cause
 from tessera.bench.served.client import Load, Reply
-from tessera.bench.served.latency import percentile, ttft_ms
-from tessera.bench.served.servers import ANSWER_SECONDS, Server
+from tessera.bench.served.latency import ttft_ms
+from tessera.bench.served.servers import Server
+from tessera.bench.statistics import percentile
 from tessera.errors import TesseraError
 
 NUM_PROBES = 5
@@ -87,7 +89,7 @@ async def round_trips_ms(server: Server, path: str, number: int) -> list[float]:
                     await response.read()
                 times.append(1000 * (time.perf_counter() - began))
     except (aiohttp.ClientError, TimeoutError) as error:
-        raise TesseraError(f"{url} did not answer: {type(error).__name__}: {error}", "is the server up?") from None
+        raise TesseraError(f"{url} did not answer: {plain_cause(error)}", "is the server up?") from None
     return times[1:]
 
 

@@ -31,6 +31,10 @@ class ApiOptions:
     shorter, and the tokens that came are counted."""
     request_timeout: float = 600.0
     """Seconds after which a request that has not ended counts as failed."""
+    keep_servers: bool = False
+    """Start each server once and keep all of them up to the end, those whose turn it is not idle: much quicker where
+    starting takes long. They share the machine's memory, so give each its part by --num-pages or, on a GPU,
+    --gpu-memory-utilization. Left out: a server is alone on the machine and started for each repeat."""
     markdown: str | None = None
     """File for the tables as Markdown. Left out: as --out, ending in .md."""
     results: str | None = None

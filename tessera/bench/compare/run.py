@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tessera.bench.compare.stages import Stage
+from tessera.bench.ending import Terminated, sigterm_as_ctrl_c
 
 INTERRUPTED = 130
 """Exit code of what Ctrl-C ended."""
@@ -43,16 +44,17 @@ class Outcome:
 
 
 def run_stages(stages: Sequence[Stage], folder: Path) -> list[Outcome]:
-    """Run all, or until Ctrl-C; their tables go to `folder`/NAME.txt, their progress to stderr."""
+    """Run all, or until Ctrl-C or SIGTERM; their tables go to `folder`/NAME.txt, their progress to stderr."""
     folder.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     began = time.monotonic()
-    for number, stage in enumerate(stages, 1):
-        left = _left([outcome.stage for outcome in outcomes], stages[number - 1 :], time.monotonic() - began)
-        sys.stderr.write(f"\n[{number}/{len(stages)}] {stage.name}{left}\n")
-        outcomes.append(_run(stage, folder))
-        if outcomes[-1].code == INTERRUPTED:
-            break
+    with sigterm_as_ctrl_c():
+        for number, stage in enumerate(stages, 1):
+            left = _left([outcome.stage for outcome in outcomes], stages[number - 1 :], time.monotonic() - began)
+            sys.stderr.write(f"\n[{number}/{len(stages)}] {stage.name}{left}\n")
+            outcomes.append(_run(stage, folder))
+            if outcomes[-1].code == INTERRUPTED:
+                break
     return outcomes
 
 
@@ -68,8 +70,10 @@ def _run(stage: Stage, folder: Path) -> Outcome:
         process = subprocess.Popen(_command([stage.name, *stage.arguments]), stdout=tables)
         try:
             code = process.wait()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as reason:
             code = INTERRUPTED
+            if isinstance(reason, Terminated):
+                process.send_signal(signal.SIGINT)
             _let_end(process)
         finally:
             process.kill()

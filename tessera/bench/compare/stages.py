@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from tessera.bench.subjects import Wanted
 
 Effort = Literal["quick", "full"]
 PARTS = ("kernels", "offline", "online", "api", "ttft", "quality")
@@ -45,6 +49,9 @@ _SETTINGS: dict[tuple[str, str], dict[str, str]] = {
     },
 }
 """Quick ends within four minutes on a CPU with two cores; full is meant for an hour or a night."""
+LEFT_OUT: dict[tuple[str, str], dict[str, str]] = {("quick", "cpu"): {"api": "flex"}}
+"""Backends that a benchmark does without where none was named: flex compiles anew in every server, for longer than all
+others are measured, and online has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +60,8 @@ class CompareOptions:
 
     backends: str = "all"
     """Comma separated: names that `tessera backends` lists, `PREFILL+DECODE` for a pair, auto; `usable` for all that
-    can serve here, `all` for all there are, the others as rows that say why not. On a CPU these two leave auto out, for
-    there it is always one of the others."""
+    can serve here, `all` for all there are, the others as rows that say why not. On a CPU these two leave out auto and
+    torch_sdpa, which there only choose among the others, and a quick api does without flex, which compiles too long."""
     effort: Effort = "quick"
     """quick: minutes on two cores; full: an hour or more."""
     only: str | None = None
@@ -67,6 +74,13 @@ class CompareOptions:
     RANGES: ClassVar[dict[str, tuple[float, float]]] = {}
 
 
+def without_choosers(wanted: Sequence[Wanted]) -> list[Wanted]:
+    """All but `auto`, and `torch_sdpa` where one of its variants can serve: on a CPU they would be measured twice."""
+    variants = [each for each in wanted if each.label.startswith("torch_sdpa:") and not each.reasons]
+    choosers = ("auto", "torch_sdpa") if variants else ("auto",)
+    return [each for each in wanted if each.label not in choosers]
+
+
 @dataclass(frozen=True)
 class Stage:
     """One benchmark as `tessera bench` is called for it."""
@@ -76,15 +90,23 @@ class Stage:
 
 
 def stages(
-    options: CompareOptions, parts: list[str], device_type: str, engine: dict[str, str], folder: str
+    options: CompareOptions,
+    parts: list[str],
+    device_type: str,
+    engine: dict[str, str],
+    folder: str,
+    left_out: Mapping[str, str] | None = None,
 ) -> list[Stage]:
-    """The benchmarks named in `parts` with their arguments; `engine` are settings of the engine that were given."""
+    """The benchmarks named in `parts` with their arguments, each without the backend that `left_out` has for it.
+
+    `engine` are settings of the engine that were given.
+    """
     resume = ["--resume"] if options.resume else []
     return [
         Stage(
             name,
             [
-                *_backends(name, options.backends),
+                *_backends(name, options.backends.split(","), (left_out or {}).get(name)),
                 *_SETTINGS[options.effort, device_type][name].split(),
                 *_engine_flags(name, engine),
                 *("--out", f"{folder}/{name}.jsonl"),
@@ -95,14 +117,15 @@ def stages(
     ]
 
 
-def _backends(name: str, backends: str) -> list[str]:
-    """As a benchmark is told them: kernels are named one by one, and no choice between them; bars are not told."""
+def _backends(name: str, backends: Sequence[str], left_out: str | None) -> list[str]:
+    """As a benchmark is told them: kernels are named one by one, each once, and no choice; bars are not told."""
     if name == "ttft":
         return []
+    told = [word for word in backends if word != left_out] or list(backends)
     if name == "kernels":
-        single = [word for word in dict.fromkeys(backends.replace("+", ",").split(",")) if word != "auto"]
-        return ["--backends", ",".join(single) or "usable"]
-    return ["--backends", backends]
+        words = (word.partition("#")[0] for pair in told for word in pair.split("+"))
+        told = list(dict.fromkeys(word for word in words if word != "auto")) or ["usable"]
+    return ["--backends", ",".join(told)]
 
 
 def _engine_flags(name: str, engine: dict[str, str]) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
@@ -29,6 +30,8 @@ from tessera.bench.kernels.inputs import (
     make_part_inputs,
     num_copies,
 )
+from tessera.bench.kernels.ladder import LADDERS, idea_of
+from tessera.bench.kernels.profile import CallProfile, profile_call, with_counters
 from tessera.bench.kernels.timing import WARM_UP, Cold, Problem, prepare, uses_graph
 from tessera.bench.provenance import Provenance
 from tessera.bench.provenance import provenance as provenance_now
@@ -43,6 +46,8 @@ class KernelBenchmark:
     cases     compared one after the other
     backends  as `--backends` has it: names, pairs, `usable`, `all`; ConfigError for `auto`, which is no kernel
     device    `auto`, `cpu` or `cuda`
+    ladder    each case by the ladder of its phase, in place of `backends`
+    profile   look into each call once it has been timed; what was found is in `profiles`
 
     The first rows are what the machine can do at most, measured in the same run.
     """
@@ -57,12 +62,16 @@ class KernelBenchmark:
         device: str = "auto",
         repeats: int = 15,
         seed: int = 0,
+        ladder: bool = False,
+        profile: bool = False,
         provenance: Provenance | None = None,
     ) -> None:
         self.cases = list(dict.fromkeys(cases))
         self._device = choose_device(device)
         self._repeats, self._seed = repeats, seed
-        self._field = Field(backends)
+        self._ladder, self._profile = ladder, profile
+        self._field = Field(backends, ladder=ladder)
+        self.profiles: list[CallProfile] = []
         self._context = Context(self._device.type)
         self._provenance = provenance or provenance_now()
 
@@ -124,8 +133,25 @@ class KernelBenchmark:
                 yield self._row(case, each.subject, "failed", reason=runner.failure)
             else:
                 yield self._figures(case, runner, ceilings_of(measured, case.dtype))
-        runners.clear()
+        found = self._look_into(case, runners.values(), ceilings_of(measured, case.dtype)) if self._profile else []
+        for left in runners.values():
+            left.parts.clear()
         self._context.tidy()
+        self.profiles += [with_counters(each, self._seed) for each in found]
+
+    @torch.inference_mode()
+    def _look_into(self, case: KernelCase, runners: Iterable[Runner], ceilings: Ceilings | None) -> list[CallProfile]:
+        """Profile what was timed, one call after the other."""
+        profiles = []
+        for runner in runners:
+            for timed, part in zip(runner.parts, case.parts):
+                if not runner.failure and not self._context.lost:
+                    work = replace(case, parts=(part,))
+                    found = profile_call(timed, work, cost_of(case, part), ceilings, self._cold)
+                    profiles.append(found)
+                    if found.problem:
+                        self._context.probe(f"the profile of {runner.entrant.label} in {case.phase}", found.problem)
+        return profiles
 
     @torch.inference_mode()
     def _time_case(self, case: KernelCase, entrants: Sequence[Entrant]) -> dict[str, Runner]:
@@ -220,6 +246,10 @@ class KernelBenchmark:
                 "ceiling_tflop_s": ceilings.flop_s / 1e12,
                 "ceiling_tb_s": ceilings.bytes_s / 1e12,
             }
+        if self._ladder:
+            phase = case.parts[0].phase
+            rung = LADDERS[phase].index(runner.entrant.label)
+            settings |= {"rung": rung, "idea": idea_of(runner.entrant.label, phase)}
         metrics["checked_tokens"] = float(sum(timed.num_checked for timed in runner.parts))
         return self._row(case, subject, "ok", settings=settings, metrics=metrics, samples=runner.samples)
 

@@ -116,13 +116,17 @@ class Entry:
     """A row of a preset: a workload for one phase, or, as in a step of the engine, for those that it has."""
 
     workload: str
-    heads: str | None = None
-    """None: the model's."""
+    heads: str
     vision: bool = False
 
 
 _DECODE_HEADS = ("9/3/64", "16/8/128", "32/8/128")
-_SMOKE = (Entry("2q256"), Entry("q64s256"), Entry("8q1s512"), Entry("q128_8q1s256"), Entry("2q256", vision=True))
+_SMOKE = (
+    *(Entry(workload, "9/3/64") for workload in ("2q256", "q64s256", "8q1s512", "q128_8q1s256")),
+    Entry("2q256", "9/3/64", vision=True),
+)
+LADDER = "ladder"
+"""What `--ladder` climbs where no workloads are named."""
 
 
 def _decode(batches: Sequence[int], contexts: Sequence[str]) -> tuple[Entry, ...]:
@@ -139,6 +143,8 @@ def _vit(lengths: Sequence[str]) -> tuple[Entry, ...]:
 
 
 PRESETS: dict[tuple[str, str], tuple[Entry, ...]] = {
+    ("cuda", LADDER): tuple(Entry(each, "32/8/128") for each in ("8q1k", "2q4k", "q1s32k", "8q1s4k", "64q1s4k")),
+    ("cpu", LADDER): (Entry("2q48", "4/2/32"), Entry("2q1s150", "4/2/32")),
     ("cuda", "smoke"): _SMOKE,
     ("cpu", "smoke"): _SMOKE,
     ("cuda", "decode"): _decode((1, 8, 64, 256), ("512", "4k", "32k")),
@@ -162,7 +168,8 @@ PRESETS: dict[tuple[str, str], tuple[Entry, ...]] = {
     ),
 }
 """(device, name) -> rows. `vit` is the grid of a vision transformer's patches, `prefill` that of FlashAttention's
-papers with the heads of small and large models; on a CPU in sizes that end within minutes."""
+papers with the heads of small and large models; on a CPU in sizes that end within minutes. `smoke` has the heads of
+SmolLM2-135M."""
 
 
 def parse_workloads(text: str) -> list[tuple[Group, ...]]:

@@ -25,7 +25,7 @@ class Runner:
 
     def sample(self) -> None:
         """Time every part once, and keep the sum."""
-        total = 0.0
+        total, on_device = 0.0, list[float]()
         for timed in self.parts:
             times = timed.sample()
             if len(self.parts) > 1 or len(times) > 1:
@@ -34,7 +34,11 @@ class Runner:
             if timed.launches:
                 self._keep(f"{timed.proof.phase}_launch_ms", timed.launches[-1])
             total += times[timed.way]
+            if (device_ms := timed.device_ms(times)) is not None:
+                on_device.append(device_ms)
         self._keep("ms", total)
+        if on_device:
+            self._keep("device_ms", sum(on_device))
 
     def check(self) -> None:
         """Raise BackendError where a part does not answer rightly any more."""

@@ -8,6 +8,7 @@ import torch
 
 from tessera.attention.contract import Phase, Shape
 from tessera.bench.kernels.cases import (
+    LADDER,
     PRESETS,
     Group,
     Heads,
@@ -49,9 +50,8 @@ def make_cases(
     paged = (("--page-size", options.page_size), ("--window", options.window), ("--soft-cap", options.soft_cap))
     for flag, value in paged:
         if value is not None and all(case.page_size is None for case in cases):
-            raise ConfigError(
-                f"{flag} {value:g} means nothing in vision, and all cases are vision", f"leave out {flag}"
-            )
+            given = f"{value:g}" if isinstance(value, float) else str(value)
+            raise ConfigError(f"{flag} {given} means nothing in vision, and all cases are vision", f"leave out {flag}")
     return cases
 
 
@@ -92,12 +92,11 @@ class _Grid:
             for groups in parse_workloads(options.workloads):
                 yield groups, None, self._phases or _PAGED
             return
-        for entry in PRESETS[self._device.type, options.preset or "smoke"]:
-            heads = parse_heads(entry.heads)[0] if entry.heads else None
+        for entry in PRESETS[self._device.type, options.preset or (LADDER if options.ladder else "smoke")]:
             made_for = (Phase.VISION,) if entry.vision else _PAGED
             wanted = [phase for phase in made_for if self._phases is None or phase in self._phases]
             if wanted:
-                yield parse_workload(entry.workload), heads, wanted
+                yield parse_workload(entry.workload), parse_heads(entry.heads)[0], wanted
 
     def _parts(self, groups: tuple[Group, ...], phases: Sequence[Phase]) -> list[tuple[Part, ...]]:
         found = list(parts_of(groups, phases))

@@ -34,12 +34,15 @@ def bytes_needed(case: KernelCase, copies: int) -> int:
 
 
 def num_copies(part: Part, shape: Shape, *, graph: bool) -> int:
-    """How often the tensors are held: once, but in a graph, which runs several times at once, as often as it runs."""
-    if not graph:
-        return 1
+    """How often the tensors are held: in a graph, which runs several times at once, as often as it runs.
+
+    Else twice on a GPU, for the call that warms the host up before a timed one, and once on a CPU; once too where the
+    tensors are large.
+    """
+    most = MAX_COPIES[shape.device_type] if graph else 2 if shape.device_type == "cuda" else 1
     slots = sum(_slots(kv_len, shape.page_size) for _, kv_len in part.lens)
     size = 2 * slots * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
-    return max(1, min(MAX_COPIES[shape.device_type], COPIES_BYTES[shape.device_type] // size))
+    return max(1, min(most, COPIES_BYTES[shape.device_type] // size))
 
 
 def make_part_inputs(part: Part, shape: Shape, copies: int, seed: int) -> Inputs:

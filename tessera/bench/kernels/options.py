@@ -19,10 +19,16 @@ class KernelOptions:
 
     backends: str = "usable"
     """Comma separated: names that `tessera backends` lists; `PREFILL+DECODE` names one a phase. `usable` stands for all
-    that can serve a case here, `all` for all there are, the others as rows that say why not."""
+    that can serve a case here, `all` for all there are, the others as rows that say why not; neither for rungs of the
+    ladder."""
+    ladder: bool = False
+    """Compare naive, the rungs of our own kernels and triton, in the order of their ideas: what each is worth here."""
+    profile: bool = False
+    """Look into every call, kernel by kernel: device time, shares of both ceilings, registers, spills, shared memory,
+    occupancy; hit rates of caches and bank conflicts where Nsight Compute (ncu) is found."""
     preset: PresetName | None = None
     """decode, prefill and vit are the grids of published comparisons, on a CPU in smaller sizes; smoke ends within a
-    minute. Left out, with --workloads too: smoke."""
+    minute. Left out, with --workloads too: smoke, with --ladder a few sizes of its own."""
     workloads: str | None = None
     """Comma separated batches in vLLM's grammar: groups [COUNT]qNEW[k][sHELD[k]] joined by _, as 2q2k_32q1s4k."""
     phases: str | None = None
@@ -69,6 +75,14 @@ class KernelOptions:
                 "--eager and --graph exclude each other", "leave one out, or both for either where it fits"
             )
         return "eager" if self.eager else "graph" if self.graph else "engine"
+
+    @property
+    def compared(self) -> str:
+        """As `--backends`; ConfigError where the ladder is asked for as well as other backends."""
+        if self.ladder and self.backends != "usable":
+            said = f"--ladder and --backends {self.backends} both say what is compared"
+            raise ConfigError(said, "leave one of them out; rungs can be named, as --backends triton:fa1,triton:fa2")
+        return self.backends
 
     @property
     def out_path(self) -> Path:

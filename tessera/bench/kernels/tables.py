@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 import msgspec
 
+from tessera.bench.kernels.words import Table, by_case, case_title, kernel_name, three
+from tessera.bench.reasons import gathered
 from tessera.bench.record import Record
 
 HEADER = ("backend", "ms", "tok/s", "TFLOP/s", "", "of ceiling", "plan ms", "timed as", "proven kernel")
@@ -16,19 +16,10 @@ _GB_BELOW = 1.0
 """TB/s below which a table counts in GB/s."""
 
 
-@dataclass(frozen=True)
-class Table:
-    """A title, rows of which the first is the header, and lines beneath; either may be empty."""
-
-    title: str
-    rows: list[tuple[str, ...]] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
-
-
 def tables(records: Sequence[Record]) -> list[Table]:
     """What was measured of the machine, then case by case, then backend by backend, then what did not succeed."""
     kernels = [row for row in records if row.kind == "kernels"]
-    cases = list(_by_case(kernels).values())
+    cases = list(by_case(kernels).values())
     machine = [_machine(records)] if any(row.kind == "ceiling" for row in records) else []
     return [*machine, *(_case(rows) for rows in cases), *_summary(cases), _outcome(kernels)]
 
@@ -49,17 +40,6 @@ def as_json(row: Record) -> str:
     return msgspec.json.encode(fields).decode()
 
 
-def kernel_name(symbol: str) -> str:
-    """A kernel's name without namespaces, template and call arguments: what tells it from others at a glance."""
-    plain = re.sub(r"^void ", "", symbol)
-    if "::" in plain and re.search(r"device_kernel<", plain):  # CUTLASS: the kernel is the argument
-        inner = re.findall(r"(\w*(?:Attn|Flash|Fwd|Kernel)\w*)<", plain.partition("device_kernel<")[2])
-        plain = next(iter(inner), plain)
-    plain = re.split(r"[<(]", plain)[0]
-    name = plain if plain.startswith("aten::") else plain.rpartition("::")[2]
-    return name if len(name) <= 48 else f"{name[:22]}..{name[-24:]}"
-
-
 def _machine(records: Iterable[Record]) -> Table:
     """In the units of the tables."""
     measured, name = [], ""
@@ -75,27 +55,25 @@ def _machine(records: Iterable[Record]) -> Table:
 
 
 def _case(rows: Sequence[Record]) -> Table:
-    """The fastest first, those without figures last."""
-    case = rows[0].case
-    of = {"page_size": "pages of {}", "window": "window {}", "soft_cap": "soft cap {}"}
-    more = [text.format(case[name]) for name, text in of.items() if name in case]
-    if case["mode"] != "engine":
-        more.append(f"{case['mode']} only")
+    """The fastest first; those without figures beneath."""
     timed = sorted((row for row in rows if row.status == "ok"), key=lambda row: row.metrics["ms_median"])
     bound = (
         f", bound by {timed[0].conditions.settings['bound']}"
         if timed and "bound" in timed[0].conditions.settings
         else ""
     )
-    title = (
-        ", ".join([f"{case['phase']} {case['workload']}", f"heads {case['heads']}", str(case["dtype"]), *more]) + bound
-    )
+    title = case_title(rows[0].case) + bound
     in_gb = bool(timed) and timed[0].metrics["tb_s"] < _GB_BELOW
     header = [*HEADER]
     header[4] = "GB/s" if in_gb else "TB/s"
-    table: list[tuple[str, ...]] = [tuple(header), *(_figures(row, in_gb=in_gb) for row in timed)]
-    table += [(row.subject.label, row.status, *[""] * 6, row.reason[:100]) for row in rows if row.status != "ok"]
-    return Table(title, table)
+    table = [header, *([*_figures(row, in_gb=in_gb)] for row in timed)]
+    if any("device_ms_median" in row.metrics for row in timed):
+        on_device = [three(row.metrics["device_ms_median"]) for row in timed]
+        table = [[*line[:2], extra, *line[2:]] for line, extra in zip(table, ("device ms", *on_device))]
+    lines = [each.line for each in gathered(rows) if each.status == "failed"]
+    if unavailable := [row.subject.label for row in rows if row.status == "unavailable"]:
+        lines.append(f"unavailable, reasons at the end: {', '.join(unavailable)}")
+    return Table(title, [tuple(line) for line in table] if timed else [], lines)
 
 
 def _figures(row: Record, *, in_gb: bool) -> tuple[str, ...]:
@@ -103,12 +81,12 @@ def _figures(row: Record, *, in_gb: bool) -> tuple[str, ...]:
     kernels = [kernel_name(proof.symbols[0].name) for proof in row.subject.proofs]
     return (
         row.subject.label,
-        f"{_three(metrics['ms_median'])} ± {_three(metrics['ms_std'])}",
+        f"{three(metrics['ms_median'])} ± {three(metrics['ms_std'])}",
         f"{metrics['tok_s']:,.0f}",
-        _three(metrics["tflop_s"]),
-        _three(metrics["tb_s"] * (1000 if in_gb else 1)),
+        three(metrics["tflop_s"]),
+        three(metrics["tb_s"] * (1000 if in_gb else 1)),
         f"{metrics['ceiling_share']:.1%}" if "ceiling_share" in metrics else "-",
-        _three(metrics["plan_ms"]),
+        three(metrics["plan_ms"]),
         _timed_as(row),
         ", ".join(dict.fromkeys(kernels)),
     )
@@ -118,13 +96,15 @@ def _timed_as(row: Record) -> str:
     """`graph (eager 0.051 ms)`; of a step of two phases, each one's time."""
     way = str(row.conditions.settings["timed_as"])
     medians = {
-        name.removesuffix("_ms_median"): value for name, value in row.metrics.items() if name.endswith("_ms_median")
+        name.removesuffix("_ms_median"): value
+        for name, value in row.metrics.items()
+        if name.endswith("_ms_median") and name != "device_ms_median"
     }
     if len(row.subject.proofs) > 1:
-        parts = [f"{name.replace('_', ' ')} {_three(value)}" for name, value in medians.items()]
+        parts = [f"{name.replace('_', ' ')} {three(value)}" for name, value in medians.items()]
         return ", ".join(parts)
     eager = next((value for name, value in medians.items() if name.endswith("_eager")), None)
-    return way if eager is None or way == "eager" else f"{way} (eager {_three(eager)})"
+    return way if eager is None or way == "eager" else f"{way} (eager {three(eager)})"
 
 
 def _summary(cases: Sequence[Sequence[Record]]) -> list[Table]:
@@ -153,31 +133,17 @@ def _summary(cases: Sequence[Sequence[Record]]) -> list[Table]:
 
 def _outcome(rows: Sequence[Record]) -> Table:
     """How many succeeded, and each reason of the others once."""
-    reasons: dict[tuple[str, str, str], list[str]] = {}
-    for row in rows:
-        if row.status != "ok":
-            about = f"{row.case['phase']} {row.case['workload']} {row.case['heads']} {row.case['dtype']}"
-            reasons.setdefault((row.status, row.subject.label, row.reason), []).append(about)
-    lines = [
-        f"{status} in {cases[0] if len(cases) == 1 else f'{len(cases)} cases'}: {label}: {reason}"
-        for (status, label, reason), cases in reasons.items()
-    ]
+    lines = [f"{_where(each.rows)}: {each.line}" for each in gathered(rows)]
     return Table(f"{sum(row.status == 'ok' for row in rows)}/{len(rows)} runs succeeded", lines=lines)
 
 
-def _by_case(rows: Iterable[Record]) -> dict[str, list[Record]]:
-    found: dict[str, list[Record]] = {}
-    for row in rows:
-        found.setdefault(row.case_key, []).append(row)
-    return found
+def _where(rows: Sequence[Record]) -> str:
+    """`in 3 cases`, or which one."""
+    cases = {row.case_key: row.case for row in rows}
+    if len(cases) > 1:
+        return f"in {len(cases)} cases"
+    return "in " + " ".join(str(rows[0].case[name]) for name in ("phase", "workload", "heads", "dtype"))
 
 
 def _bandwidth(tb_s: float) -> str:
     return f"{tb_s:.2f} TB/s" if tb_s >= _GB_BELOW else f"{1000 * tb_s:.1f} GB/s"
-
-
-def _three(value: float) -> str:
-    """Three digits that count, without an exponent."""
-    if value == 0 or value >= 100:
-        return f"{value:.0f}"
-    return f"{value:.{max(0, min(6, 2 - math.floor(math.log10(value))))}f}"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from tessera.bench.benchmark import Done
 from tessera.bench.offline.entrants import Entrant, ours, peers
@@ -19,6 +18,7 @@ from tessera.bench.offline.worker_process import WorkerError, WorkerProcess
 from tessera.bench.offline.workloads import Workload, workload_of
 from tessera.bench.provenance import Provenance
 from tessera.bench.record import CacheState, Conditions, Kind, Record, Status, Subject, Value
+from tessera.bench.statistics import percentile
 from tessera.bench.subjects import Wanted
 from tessera.config import EngineConfig
 from tessera.errors import TesseraError
@@ -86,8 +86,8 @@ class OfflineBenchmark:
 
     def _fitted(self, config: EngineConfig) -> EngineConfig:
         """The engine with room for the work and no more, so that several engines fit a device."""
-        context = config.model.max_model_len or self.target.spec.max_position
-        self.workload.check_fits(self.target.name, self.target.spec.vocab_size, context)
+        spec, limit = self.target.spec, config.model.max_model_len
+        self.workload.check_fits(self.target.name, spec.vocab_size, spec.max_position, limit)
         model = replace(config.model, max_model_len=config.model.max_model_len or self.workload.max_len)
         most = min(config.scheduler.max_num_seqs, self.workload.num_prompts)
         return replace(config, model=model, scheduler=replace(config.scheduler, max_num_seqs=most))
@@ -133,7 +133,8 @@ class OfflineBenchmark:
 
     def _start(self, entrant: Entrant, scratch: Path) -> Racer:
         racer = Racer(entrant, entrant.subject)
-        logger.info("loading %s", entrant.subject.label)
+        label, began = entrant.subject.label, time.monotonic()
+        logger.info("loading %s", label)
         try:
             settings = entrant.settings(scratch)
             racer.process = WorkerProcess(entrant.command, self._options.pass_timeout)
@@ -141,6 +142,7 @@ class OfflineBenchmark:
             racer.subject = entrant.started(entrant.subject, racer.facts)
             for _ in range(self._options.warmup):
                 racer.warmup_seconds += float(self._pass(racer.process)["seconds"])
+            logger.info("%s is loaded and warm after %.1f s", label, time.monotonic() - began)
         except (WorkerError, TesseraError) as error:
             racer.fail(error)
         except BaseException:
@@ -210,7 +212,7 @@ class OfflineBenchmark:
         for name, key in (("latency_ms", "latencies_s"), ("ttft_ms", "first_token_s")):
             if key in found:
                 samples[name] = [1000 * value for value in found[key]]
-                metrics |= {f"{name}_p{part}": float(np.percentile(samples[name], part)) for part in (50, 99)}
+                metrics |= {f"{name}_p{part}": percentile(samples[name], part) for part in (50, 99)}
         return self._row(racer.subject, "ok", repeat, metrics=metrics, samples=samples, facts=racer.facts)
 
     def _row(

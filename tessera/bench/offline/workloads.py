@@ -63,12 +63,20 @@ class Workload:
         output_lens = self.output_len.draw(source, self.num_prompts)
         return [[source.randrange(MAX_TOKEN_ID) for _ in range(length)] for length in input_lens], output_lens
 
-    def check_fits(self, model: str, vocab_size: int, context: int) -> None:
-        """ConfigError where a model has fewer token ids, or a shorter context, than the work takes."""
+    def check_fits(self, model: str, vocab_size: int, context: int, limit: int | None = None) -> None:
+        """ConfigError where a model has fewer token ids, or a shorter context, than the work takes.
+
+        `limit` is --max-model-len, where it was given.
+        """
         if vocab_size < MAX_TOKEN_ID:
             raise ConfigError(
                 f"{model} has {vocab_size} token ids, the workloads draw from {MAX_TOKEN_ID}",
                 "give --model one with a larger vocabulary",
+            )
+        if limit is not None and limit < self.max_len <= context:
+            raise ConfigError(
+                f"the workload {self.name} needs {self.max_len} tokens a sequence, --max-model-len is {limit}",
+                f"use --max-model-len {self.max_len}, or leave it out",
             )
         if self.max_len > context:
             raise ConfigError(

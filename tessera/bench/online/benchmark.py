@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tessera.bench.benchmark import Done
 from tessera.bench.online.trace import Trace
 from tessera.bench.online.trace_prompts import Vocabulary, calls_of, warmup_calls
 from tessera.bench.provenance import Provenance, provenance
-from tessera.bench.record import Conditions, Kind, Record, Value
+from tessera.bench.record import Conditions, Kind, Record, Subject, Value
 from tessera.bench.served.client import Load, closed_loop, open_loop
 from tessera.bench.served.latency import (
     Promise,
@@ -26,8 +26,9 @@ from tessera.bench.served.latency import (
 )
 from tessera.bench.served.rows import device_type
 from tessera.bench.served.servers import Server
-from tessera.bench.served.targets import OwnTarget, Target, UrlTarget
-from tessera.errors import ConfigError, TesseraError
+from tessera.bench.served.targets import OwnTarget, Target, UrlTarget, check_names
+from tessera.bench.served.turns import records_in_turns
+from tessera.errors import TesseraError
 from tessera.log import logger
 
 
@@ -44,31 +45,29 @@ class Replay:
     num_warmup: int = 4
     promise: Promise = Promise(1000.0, 100.0)  # noqa: RUF009 - frozen
     timeout_s: float = 600.0
+    messages: bool = False
+    """To the chat endpoint; `vocabulary` must be of words."""
+    keep_servers: bool = False
+    """Whether our own servers stay up from their first repeat to the end."""
 
     def case_of(self, scale: float) -> dict[str, Value]:
         """As a Record has it."""
-        name = self.trace.name if self.case else f"{self.trace.name} ({self.trace.digest})"
+        name = self.trace.name if "rate" in self.case else f"{self.trace.name} ({self.trace.digest})"
         return {"trace": name, "scale": scale, "num_requests": len(self.trace.arrivals), **self.case}
 
 
 class OnlineBenchmark:
     """Every target under every scale, `repeats` times.
 
-    A server is alone on the machine: ours are started for a repeat and stopped after it. Every second repeat takes
-    targets and scales in reverse order, so that none always comes first. All targets get the very same calls; the
-    prompts of each scale and repeat are new, so that no replay profits from what another left in a prefix cache; where
-    a server stays up, those of each run too. What is compared was measured in one run: a scale that `done` has for some
-    targets only is measured for all.
+    They take turns as served/turns.py says. All targets get the very same calls; the prompts of each scale and repeat
+    are new, so that no replay profits from what another left in a prefix cache; where a server stays up, those of each
+    run too.
     """
 
     kind: Kind = "online"
 
     def __init__(self, targets: Sequence[Target], replay: Replay, *, repeats: int, command: str | None = None) -> None:
-        labels = [target.label for target in targets]
-        if twice := {label for label in labels if labels.count(label) > 1}:
-            raise ConfigError(
-                f"{sorted(twice)[0]} is named twice", "give each server a name of its own: --url NAME=URL"
-            )
+        check_names(targets)
         self.targets, self.replay, self.repeats = targets, replay, repeats
         self._command = command
         self._provenance: Provenance | None = None
@@ -81,58 +80,32 @@ class OnlineBenchmark:
     def records(self, done: Container[Done] = ()) -> Iterator[Record]:
         """Replay and yield row by row."""
         self._provenance = self._provenance or provenance(self._command)
-        for repeat in range(self.repeats):
-            step = -1 if repeat % 2 else 1
-            left = {
-                target.label: [s for s in self.replay.scales if not self._is_done(target, repeat, s, done)]
-                for target in self.targets
-            }
-            of_any = [scale for target in self.targets if not target.reasons for scale in left[target.label]]
-            for target in self.targets[::step]:
-                wanted = left[target.label] if target.reasons else of_any
-                if scales := [scale for scale in self.replay.scales[::step] if scale in wanted]:
-                    yield from self._of(target, repeat, scales)
+        keep = self.replay.keep_servers
+        yield from records_in_turns(self, [self.targets], self.repeats, done, keep_servers=keep)
 
-    def _is_done(self, target: Target, repeat: int, scale: float, done: Container[Done]) -> bool:
-        return Done(self._row(target, repeat, scale, "left out").case_key, target.label, repeat) in done
+    def cells(self, _target: Target) -> Sequence[float]:
+        """Scales, the same for every target."""
+        return self.replay.scales
 
-    def _of(self, target: Target, repeat: int, scales: Sequence[float]) -> Iterator[Record]:
-        """The rows of one target in one repeat."""
-        if target.reasons:
-            for scale in scales:
-                row = self._row(target, repeat, scale, "; ".join(target.reasons))
-                yield replace(row, status="unavailable")
-            return
-        left = list(scales)
-        try:
-            server, subject = target.start()
-            with server:
-                model, conditions = server.model, self._conditions(target, server)
-                self._warm_up(server, model, repeat)
-                while left:
-                    load = self._load(server, model, repeat, left[0])
-                    row = Record(
-                        self.kind,
-                        self.replay.case_of(left[0]),
-                        subject,
-                        "failed",
-                        conditions,
-                        self._where,
-                        repeat,
-                        reason="-",
-                    )
-                    yield self._judged(row, load, server)
-                    left.pop(0)
-        except TesseraError as error:
-            for scale in left:
-                yield self._row(target, repeat, scale, str(error).replace("\n\n", " "))
+    def ready(self, target: Target, repeat: int, server: Server, subject: Subject) -> Callable[[float], Record]:
+        """Warm up; what replays a scale."""
+        model, conditions = server.model, self._conditions(target, server)
+        self._warm_up(server, model, repeat)
+
+        def replayed(scale: float) -> Record:
+            load = self._load(server, model, repeat, scale)
+            case = self.replay.case_of(scale)
+            row = Record(self.kind, case, subject, "failed", conditions, self._where, repeat, reason="-")
+            return self._judged(row, load, server)
+
+        return replayed
 
     @property
     def _where(self) -> Provenance:
         assert self._provenance
         return self._provenance
 
-    def _row(self, target: Target, repeat: int, scale: float, reason: str) -> Record:
+    def blank(self, target: Target, repeat: int, scale: float, reason: str) -> Record:
         """A row without figures."""
         conditions = Conditions(seed=self.replay.seed, settings=self._settings(target))
         case = self.replay.case_of(scale)
@@ -144,16 +117,21 @@ class OnlineBenchmark:
             "temperature": 0,
             "ignore_eos": True,
             "prompts": "text" if replay.vocabulary.is_text else "token ids",
+            "endpoint": "chat" if replay.messages else "completions",
             "trace_digest": replay.trace.digest,
             "slo_ttft_ms": replay.promise.ttft_ms,
             "slo_tpot_ms": replay.promise.tpot_ms,
             "timeout_s": replay.timeout_s,
             "prompt_salt": self._run_salt,
             "order": "targets and scales reversed every second repeat",
-            "server": f"started for each repeat: {' '.join(target.flags)}"
-            if isinstance(target, OwnTarget)
-            else "external",
+            "server": self._server_of(target),
         }
+
+    def _server_of(self, target: Target) -> str:
+        if not isinstance(target, OwnTarget):
+            return "external"
+        how = "kept up beside the others" if self.replay.keep_servers else "started for each repeat"
+        return f"{how}: {' '.join(target.flags)}"
 
     def _conditions(self, target: Target, server: Server) -> Conditions:
         info, settings = server.info, self._settings(target)
@@ -187,7 +165,8 @@ class OnlineBenchmark:
 
     def _warm_up(self, server: Server, model: str, repeat: int) -> None:
         replay = self.replay
-        calls = warmup_calls(replay.trace, replay.vocabulary, replay.num_warmup, salt=self._salt(repeat, 0))
+        salt = self._salt(repeat, 0)
+        calls = warmup_calls(replay.trace, replay.vocabulary, replay.num_warmup, salt=salt, messages=replay.messages)
         if not calls:
             return
         load = asyncio.run(
@@ -206,7 +185,8 @@ class OnlineBenchmark:
 
     def _load(self, server: Server, model: str, repeat: int, scale: float) -> Load:
         replay = self.replay
-        calls = calls_of(replay.trace, replay.vocabulary, scale=scale, salt=self._salt(repeat, scale))
+        salt = self._salt(repeat, scale)
+        calls = calls_of(replay.trace, replay.vocabulary, scale=scale, salt=salt, messages=replay.messages)
         headers, dialect = server.headers, server.dialect
         loop = open_loop(server.url, model, calls, timeout_s=replay.timeout_s, headers=headers, dialect=dialect)
         return asyncio.run(loop)

@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 
 from tessera.bench.record import Record
-from tessera.bench.served.latency import PERCENTILES, percentile
+from tessera.bench.served.latency import PERCENTILES
 from tessera.bench.served.rows import newest
+from tessera.bench.statistics import median
 
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
 RATES = ("req_s", "output_tok_s", "total_tok_s", "goodput_share", "goodput_req_s")
@@ -82,4 +83,4 @@ def _entry(group: Sequence[Record]) -> dict[str, Any]:
 
 def _median(rows: Sequence[Record], name: str) -> float | None:
     values = [row.metrics[name] for row in rows if name in row.metrics]
-    return percentile(values, 50) if values else None
+    return median(values) if values else None

@@ -27,12 +27,22 @@ class Arrival:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What somebody wrote."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Trace:
     """Requests in order of arrival."""
 
     name: str
     arrivals: Sequence[Arrival]
     block_tokens: int = BLOCK_TOKENS
+    prompts: Sequence[Prompt] = ()
+    """Of each request, where they are known; where they are not, they are made at random, as long as was noted."""
 
     @property
     def longest(self) -> int:
@@ -42,7 +52,7 @@ class Trace:
     @cached_property
     def digest(self) -> str:
         """Eight characters that differ where the requests do."""
-        lines = "\n".join(f"{each}" for each in self.arrivals)
+        lines = "\n".join(f"{each}" for each in [*self.arrivals, *self.prompts])
         return hashlib.sha256(f"{self.block_tokens}\n{lines}".encode()).hexdigest()[:8]
 
     @cached_property
@@ -68,7 +78,7 @@ class Trace:
                 f"the trace {self.name} has {len(self.arrivals)} requests, --num-requests asks for {number}",
                 "ask for fewer, or leave --num-requests out",
             )
-        return Trace(self.name, self.arrivals[:number], self.block_tokens)
+        return Trace(self.name, self.arrivals[:number], self.block_tokens, self.prompts[:number])
 
 
 def poisson(*, rate: float, number: int, input_len: str, output_len: str, seed: int) -> Trace:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tessera.bench.quality.model import Answer
+from tessera.bench.statistics import mcnemar, paired_difference
 
 
 def compare(led: Answer, free: Answer, reference: Answer) -> dict[str, float]:
@@ -58,16 +59,7 @@ def paired_p_value(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
     Scores that are all 0 or 1: McNemar's exact test, binomial over the pairs that differ. Others: paired t-test.
     """
-    from scipy import stats
-
-    differences = np.asarray(ours, float) - np.asarray(theirs, float)
-    if not differences.any():
-        return 1.0
     if {*ours, *theirs} <= {0.0, 1.0}:
-        better, worse = int((differences > 0).sum()), int((differences < 0).sum())
-        return float(stats.binomtest(better, better + worse, 0.5).pvalue)
-    if len(differences) < 2:
-        return 1.0
-    if np.ptp(differences) == 0:
-        return 0.0  # the same shift everywhere: a spread of nothing
-    return float(stats.ttest_rel(ours, theirs).pvalue)
+        pairs = list(zip(ours, theirs))
+        return mcnemar(sum(a > b for a, b in pairs), sum(a < b for a, b in pairs))
+    return paired_difference(ours, theirs)[1]

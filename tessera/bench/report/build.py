@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 
 from tessera.bench.record import Record
@@ -21,17 +22,28 @@ _TITLES = {
     "api": "The API under load",
     "quality": "Answers",
 }
+_STATISTICS = (
+    "A ratio is a geometric mean over pairs of repeats. Its interval is the wider of a bootstrap and Student's t "
+    "on log ratios; verdicts are corrected for the number of cells judged together (Holm), and below 1% nothing is "
+    "called a difference. Two are level where the whole interval lies within 5%. Kernels of one run are compared "
+    "round by round, as they took turns."
+)
 
 
-def build(records: Sequence[Record], title: str | None = None, baseline: str | None = None) -> Report:
-    """The report on these rows. ConfigError where there are none, or where nothing is labelled `baseline`."""
+def build(
+    records: Sequence[Record], title: str | None = None, baseline: str | None = None, files: Sequence[str] = ()
+) -> Report:
+    """The report on these rows, of the files or folders `files`, named as they were given.
+
+    ConfigError where there are no rows, or where nothing is labelled `baseline`.
+    """
     if not records:
         raise ConfigError("the result files have no rows", "run a benchmark first, as `tessera bench offline`")
     rows = arrange(records)
     if baseline is not None and not any(is_named(baseline, each) for each in rows.labels):
         there = ", ".join(rows.labels) or "none"
         raise ConfigError(f"--baseline {baseline}: no row with figures has this label", f"there are: {there}")
-    sections = [*_kinds(rows, baseline), _ran(rows), *_lost(rows), *_caveats(rows), _repeat(rows)]
+    sections = [*_kinds(rows, baseline), _ran(rows), *_lost(rows), *_caveats(rows), _repeat(rows, files)]
     numbered = _numbered(sections)
     return Report(title or "Attention, measured", _subtitle(rows), verdict(rows, baseline), numbered, rows.styles)
 
@@ -107,35 +119,37 @@ def _caveats(rows: Rows) -> Iterator[Section]:
         yield Section("Caveats", [Bullets(found)])
 
 
-def _repeat(rows: Rows) -> Section:
-    """Commands, versions, machines, how the statistics were made."""
-    commands = dict.fromkeys(row.provenance.command for row in rows.records)
-    machines = {}
-    for row in rows.records:
-        where = row.provenance.machine
-        machines[where.name] = (
-            (f"{where.name}: " if where.gpus else "")
-            + f"{where.cpu}, {where.cores} cores, {where.memory_gib:g} GiB, {where.system}, "
-            f"Python {where.python}" + (f", driver {where.driver}, CUDA {where.cuda}" if where.driver else "")
-        )
+def _repeat(rows: Rows, files: Sequence[str]) -> Section:
+    """Commands, files, versions, machines, how the statistics were made."""
+    commands = list(dict.fromkeys(row.provenance.command for row in rows.records))
+    if files:
+        commands.append(f"tessera bench report {shlex.join(files)}")
+    commits = ", ".join(dict.fromkeys(row.provenance.commit for row in rows.records))
+    read = [f"rows of this report: {', '.join(files)}"] if files else []
     versions = dict.fromkeys((name, number) for row in rows.records for name, number in row.provenance.versions.items())
     columns, body = ["package", "version"], [[name, number] for name, number in sorted(versions)]
-    how = (
-        "A ratio is a geometric mean over pairs of repeats. Its interval is the wider of a bootstrap and Student's t "
-        "on log ratios; verdicts are corrected for the number of cells judged together (Holm), and below 1% nothing is "
-        "called a difference. Two are level where the whole interval lies within 5%. Kernels of one run are compared "
-        "round by round, as they took turns."
-    )
-    commits = ", ".join(dict.fromkeys(row.provenance.commit for row in rows.records))
     return Section(
         "How to repeat",
         [
             Code("\n".join(commands)),
-            Bullets([*machines.values(), f"commit {commits}"]),
+            Bullets([*read, *_machines(rows), f"commit {commits}"]),
             Table("Versions", columns, body),
-            how,
+            _STATISTICS,
         ],
     )
+
+
+def _machines(rows: Rows) -> list[str]:
+    """A line each."""
+    found = {}
+    for row in rows.records:
+        where = row.provenance.machine
+        found[where.name] = (
+            (f"{where.name}: " if where.gpus else "")
+            + f"{where.cpu}, {where.cores} cores, {where.memory_gib:g} GiB, {where.system}, "
+            f"Python {where.python}" + (f", driver {where.driver}, CUDA {where.cuda}" if where.driver else "")
+        )
+    return list(found.values())
 
 
 def _numbered(sections: Sequence[Section]) -> list[Section]:

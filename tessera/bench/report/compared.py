@@ -78,9 +78,15 @@ def standings(session: Session, baseline: str, metric: str, cases: Sequence[str]
 
 
 def best_supported(table: Sequence[Standing]) -> Standing:
-    """The one to speak of first: the fastest that is surely faster, else who is level, else who has too few repeats."""
-    order: tuple[Verdict, ...] = ("faster", "no difference", "too few repeats", "slower")
-    return min(table, key=lambda each: (order.index(each.comparison.verdict), -each.comparison.ratio))
+    """The one to speak of first: what is known best, and of those equally well known the fastest.
+
+    Surely faster comes before level, level before too few repeats to tell, and whoever is surely slower is last.
+    """
+    known_first: tuple[Verdict, ...] = ("faster", "no difference", "too few repeats", "slower")
+    for verdict in known_first:
+        if found := [each for each in table if each.comparison.verdict == verdict]:
+            return max(found, key=lambda each: each.comparison.ratio)
+    raise ValueError("nobody stands in an empty table")
 
 
 def against(session: Session, metric: str, a: str, b: str, cases: Sequence[str]) -> Comparison | None:

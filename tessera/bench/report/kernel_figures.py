@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from matplotlib.axes import Axes
 
 from tessera.bench.report.document import Cell, Figure, Panel, Table
 from tessera.bench.report.drawing import MUTED, PALETTE, log_axis
 from tessera.bench.report.figures import named, short
+from tessera.bench.report.ladder import ladder
 from tessera.bench.report.metrics import digits
 from tessera.bench.report.rows import Rows, Session, Style
 from tessera.bench.statistics import geometric_mean, median
 
 Point = tuple[str, float, float]
 """A subject, FLOP a byte, TFLOP/s."""
+_Range = tuple[float, float]
+_Words = dict[str, Any]
+"""Of matplotlib's keywords."""
 
 
 def kernels(rows: Rows, session: Session) -> list[Figure | Table]:
-    """Roofline, share of ceiling, and a table for each phase."""
+    """The ladder where one was climbed, roofline, share of ceiling, and a table for each phase."""
     found: list[Figure | Table] = []
     phases = _phases(session)
     if roofs := [panel for phase, cases in phases.items() if (panel := _roof_panel(rows, session, phase, cases))]:
@@ -31,7 +37,7 @@ def kernels(rows: Rows, session: Session) -> list[Figure | Table]:
     if shares:
         text = "Share of the measured ceiling that each kernel reaches: a dot a case, a bar at the median."
         found.append(Figure("kernel-ceiling-share", text, shares, [], _share_table(rows, session, phases)))
-    return [*found, *(_heat_table(session, phase, cases) for phase, cases in phases.items())]
+    return [*ladder(rows, session), *found, *(_heat_table(session, phase, cases) for phase, cases in phases.items())]
 
 
 def _phases(session: Session) -> dict[str, list[str]]:
@@ -93,28 +99,40 @@ def _roof_panel(rows: Rows, session: Session, phase: str, cases: Sequence[str]) 
 def _draw_roof(
     axes: Axes, points: Sequence[Point], styles: dict[str, Style], flops: dict[str, float], moved: float | None
 ) -> None:
-    left, right = min(x for _, x, _ in points) / 2, max(x for _, x, _ in points) * 2
-    for dtype, top in flops.items():
-        start = max(left, top / moved) if moved else left
-        right = max(right, start * 2)
-        axes.plot([start, right], [top, top], color=MUTED, linewidth=1.2, linestyle="--")
-        axes.annotate(f"{dtype}, {digits(top)}", (right, top), fontsize=7.5, color=MUTED, ha="right", va="bottom")
+    (left, right), (bottom, top) = _roof_ranges(points, flops, moved)
+    for dtype, roof in flops.items():
+        start = max(left, roof / moved) if moved else left
+        axes.plot([start, right], [roof, roof], color=MUTED, linewidth=1.2, linestyle="--")
+        near = any(roof < other < 1.5 * roof for other in flops.values())
+        place: _Words = {"ha": "right", "va": "top" if near else "bottom"}
+        axes.annotate(f"{dtype}, {digits(roof)}", (right, roof), fontsize=7.5, color=MUTED, **place)
     if moved:
-        knee = max(flops.values()) / moved if flops else right
-        knee = max(knee, 2 * left)
-        axes.plot([left, knee], [left * moved, knee * moved], color=MUTED, linewidth=1.2)
-        at = (left, left * moved)
-        axes.annotate(f"{digits(moved)} TB/s", at, (0, 16), textcoords="offset points", fontsize=7.5, color=MUTED)
+        knee = min(right, max(flops.values(), default=top) / moved)
+        begin = max(left, bottom / moved)
+        axes.plot([begin, knee], [begin * moved, knee * moved], color=MUTED, linewidth=1.2)
+        middle = math.sqrt(begin * knee)  # nothing lies above the line, so there is room
+        words: _Words = {"textcoords": "offset points", "ha": "right", "va": "bottom"}
+        axes.annotate(f"{digits(moved)} TB/s", (middle, middle * moved), (-3, 2), fontsize=7.5, color=MUTED, **words)
     for label, style in styles.items():
         mine = [(x, y) for name, x, y in points if name == label]
         if mine:
             color, xs, ys = PALETTE[style.color], [x for x, _ in mine], [y for _, y in mine]
             axes.plot(xs, ys, linestyle="none", marker=style.marker, color=color, markersize=5.5, alpha=0.85)
+    axes.set(xlim=(left, right), ylim=(bottom, top))
     log_axis(axes, "x")
     log_axis(axes, "y")
     axes.grid(visible=True, axis="x")
     axes.set_xlabel("arithmetic intensity (FLOP/byte)")
     axes.set_ylabel("TFLOP/s")
+
+
+def _roof_ranges(points: Sequence[Point], flops: dict[str, float], moved: float | None) -> tuple[_Range, _Range]:
+    """Of both axes: every point, every roof and every knee with some room around, be it a single point."""
+    xs, ys = [x for _, x, _ in points], [y for _, _, y in points]
+    knees = [roof / moved for roof in flops.values()] if moved else []
+    under = [] if moved is None else [moved * min(xs)]  # of the leftmost point, so that its roof is seen
+    heights = [*ys, *flops.values(), *([] if flops else under)]
+    return (min([*xs, *knees]) / 3, max([*xs, *knees]) * 3), (min(ys) / 2, max(heights) * 2)
 
 
 def _roof_rows(rows: Rows, session: Session, phases: dict[str, list[str]]) -> list[list[Cell | str]]:
@@ -154,7 +172,7 @@ def _draw_shares(axes: Axes, values: dict[str, list[float]], styles: dict[str, S
     axes.set_yticks(range(len(values)), [short(label) for label in values])
     axes.set_ylim(-0.6, len(values) - 0.4)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 106 * max(max(found) for found in values.values()))
     axes.set_xlabel("% of the measured ceiling")
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
+from tessera.bench.reasons import Lost, gathered
 from tessera.bench.record import Record, Subject, Value
 from tessera.bench.report.compared import HEADLINES, Standing, baseline_of, standings
 from tessera.bench.report.document import Cell, Table, Tone
@@ -157,24 +158,21 @@ def _speed(speeds: dict[tuple[str, str], dict[str, list[float]]], session: Sessi
 
 
 def lost(rows: Rows) -> Table | None:
-    """Rows without figures and why, equal ones once; None where there are none."""
-    counted = Counter((row.kind, row.subject.label, row.status, row.reason) for row in rows.lost)
-    cases: dict[tuple[str, ...], list[Record]] = {}
-    for row in rows.lost:
-        cases.setdefault((row.kind, row.subject.label, row.status, row.reason), []).append(row)
-    body: list[list[Cell | str]] = [
-        [
-            kind,
-            named(rows, label),
-            Cell(status, tone="bad" if status == "failed" else "muted"),
-            str(number),
-            _cases(cases[kind, label, status, reason]),
-            reason,
-        ]
-        for (kind, label, status, reason), number in counted.items()
-    ]
-    columns = ["benchmark", "subject", "status", "rows", "case", "reason"]
+    """Rows without figures and why, in one line all that one reason kept out; None where there are none."""
+    alike: dict[tuple[str, ...], list[Lost]] = {}
+    for each in gathered(rows.lost):
+        alike.setdefault((each.status, each.reason, *each.labels), []).append(each)
+    body = [_lost_row(rows, found) for found in alike.values()]
+    columns = ["benchmark", "subjects", "status", "rows", "case", "reason"]
     return Table("Rows without figures", columns, body) if body else None
+
+
+def _lost_row(rows: Rows, found: Sequence[Lost]) -> list[Cell | str]:
+    """Of the same subjects, lost for the same reason in one benchmark or more."""
+    first, lost = found[0], [row for each in found for row in each.rows]
+    who = named(rows, first.labels[0]) if len(first.labels) == 1 else ", ".join(first.labels)
+    status = Cell(first.status, tone="bad" if first.status == "failed" else "muted")
+    return [", ".join(each.kind for each in found), who, status, str(len(lost)), _cases(lost), first.reason]
 
 
 def succeeded(rows: Rows) -> str:
@@ -188,6 +186,8 @@ def succeeded(rows: Rows) -> str:
 
 def _cases(found: Sequence[Record]) -> str:
     texts = list(dict.fromkeys(_case_line(row.case) for row in found))
+    if len(texts) > 1 and found[0].status == "unavailable":
+        return f"{len(texts)} cases"
     return texts[0] if len(texts) == 1 else f"{texts[0]} and {len(texts) - 1} more"
 
 

@@ -178,9 +178,11 @@ def _kernels(session: Session, asked: str | None) -> list[str]:
         wins = sum(min(row, key=row.__getitem__) == best for row in races)
         state = in_words(comparison) if comparison.num_repeats > 1 else within_run(comparison)
         noisy = " ".join(_noisy(table, top).values())
+        mean = f", geometric mean of {top.cases_text} cases" if top.of_cases > 1 else ""
+        where = f"{wins} of {len(races)} cases" if len(races) > 1 else "the one case" if wins else "no case"
         found.append(
-            f"Kernels, {phase or 'all'}: {best} has the shortest median in {wins} of {len(races)} cases with a rival; "
-            f"against {other} it is {state}, geometric mean of {top.cases_text} cases." + (f" {noisy}" if noisy else "")
+            f"Kernels, {phase or 'all'}: {best} has the shortest median in {where} with a rival; "
+            f"against {other} it is {state}{mean}." + (f" {noisy}" if noisy else "")
         )
     return found
 

@@ -7,12 +7,14 @@ chunk came. An answer that is broken in any way carries its error in words and i
 from __future__ import annotations
 
 import asyncio
+import atexit
 import gc
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -274,6 +276,7 @@ async def _load(
 def _no_collection() -> Iterator[None]:
     """No garbage collection: with torch loaded, one takes longer than many a gap between tokens."""
     was = gc.isenabled()
+    _set_aside()
     gc.collect()
     gc.disable()
     try:
@@ -281,3 +284,11 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
+
+
+@cache
+def _set_aside() -> None:
+    """What is there before the first load, modules above all, is not looked at by later collections."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or the end of the process would find it unowned

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tessera.bench.served.client import Load, Reply
+from tessera.bench.statistics import percentile
 
 PERCENTILES = (50, 90, 99)
 MAX_CLIENT_CPU = 0.8
@@ -65,15 +66,6 @@ def itl_ms(reply: Reply) -> list[float]:
 def e2e_ms(reply: Reply) -> float:
     """From sending to the end of the stream."""
     return 1000 * (_checked(reply).end_s - reply.sent_s)
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """By linear interpolation between the two nearest ranks, as numpy's default (type 7 of Hyndman and Fan, 1996)."""
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def summary(name: str, values: Sequence[float]) -> dict[str, float]:

@@ -13,18 +13,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from http.client import HTTPException
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 from urllib.error import HTTPError
-from urllib.request import ProxyHandler, Request, build_opener
 
 import msgspec
 import psutil
 
 from tessera.bench.record import Subject
+from tessera.bench.served.answers import NO_ANSWER, get, plain_cause
 from tessera.bench.served.client import Dialect
+from tessera.bench.served.memory import gpu_bytes, peak_bytes
 from tessera.bench.served.parent import end_with_parent
 from tessera.bench.subjects import Wanted, subject_of
 from tessera.config import EngineConfig, section_types, settings_of
@@ -34,7 +33,6 @@ from tessera.types import AttentionChoice, EngineInfo, EngineStatus
 START_SECONDS = 600.0
 """A model may be large, and its backends are measured and proven at start."""
 STOP_SECONDS = 20.0
-ANSWER_SECONDS = 10.0
 NUM_LAST_LINES = 12
 _DECIDED = ("attention", "prefill_attention", "decode_attention", "prove_attention")
 
@@ -114,20 +112,34 @@ class Server:
 
     def _ask(self, path: str, kind: type[AnswerT]) -> AnswerT:
         try:
-            return msgspec.json.decode(_get(self.url + path, self.headers), type=kind)
-        except (OSError, HTTPException, ValueError) as error:  # ValueError: msgspec's, and a URL that is none
-            said = f"{type(error).__name__}: {error}"
-            hint = "is the address right, with /v1 at its end? A key is read from TESSERA_API_KEY"
-            raise TesseraError(f"{self.url}{path} did not answer as it should: {said:.300}", hint) from None
+            return msgspec.json.decode(get(self.url + path, self.headers), type=kind)
+        except NO_ANSWER as error:
+            raise TesseraError(
+                f"{self.url}{path} did not answer as it should: {plain_cause(error)}", self._hint(path, error)
+            ) from None
+
+    def _hint(self, path: str, error: BaseException) -> str:
+        """What to look at; where the same path answers with a /v1 more or less in the address, that address."""
+        if isinstance(error, HTTPError) and error.code in (401, 403):
+            return "its key is read from TESSERA_API_KEY"
+        root = self.url
+        while root.endswith("/v1"):
+            root = root.removesuffix("/v1").rstrip("/")
+        for other in (f"{root}/v1", root):
+            with contextlib.suppress(*NO_ANSWER):
+                if other != self.url and b'"id"' in get(other + path, self.headers):
+                    return f"use {other}"
+        return "is the server up, and does its address end in /v1, once?"
 
     def _ask_if_there(self, path: str, kind: type[AnswerT]) -> AnswerT | None:
         """As `_ask`; None where the server does not know the path or means something else by it."""
         try:
-            return msgspec.json.decode(_get(self.url + path, self.headers), type=kind)
+            return msgspec.json.decode(get(self.url + path, self.headers), type=kind)
         except (HTTPError, ValueError):
             return None
-        except (OSError, HTTPException) as error:
-            raise TesseraError(f"{self.url} does not answer any more: {error}", "see its own log") from None
+        except NO_ANSWER as error:
+            said = f"{self.url} does not answer any more: {plain_cause(error)}"
+            raise TesseraError(said, "see its own log") from None
 
 
 class ExternalServer(Server):
@@ -177,7 +189,7 @@ class ServerProcess(Server):
         try:
             key = dict(environment or {}).get("TESSERA_API_KEY", os.environ.get("TESSERA_API_KEY"))
             super().__init__(self._wait_for_url(start_seconds), key)
-            _get(self.url.removesuffix("/v1") + "/health", {})
+            get(self.url.removesuffix("/v1") + "/health", {})
         except BaseException:
             self.stop()
             raise
@@ -194,19 +206,11 @@ class ServerProcess(Server):
 
         Pages that two of them share are counted twice. Where the system keeps no peaks, what they hold now.
         """
-        return sum(_peak_bytes(process) for process in self._processes())
+        return sum(peak_bytes(process) for process in self._processes())
 
     def gpu_memory_bytes(self) -> int | None:
         """As nvidia-smi has it; None without one, and in a container that hides its processes from it."""
-        ask = ("nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")
-        try:
-            told = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout
-        except (OSError, subprocess.SubprocessError):
-            return None
-        ours = {process.pid for process in self._processes()}
-        rows = [line.split(",") for line in told.splitlines() if line.count(",") == 1]
-        held = [int(memory) * 2**20 for pid, memory in rows if pid.strip().isdigit() and int(pid) in ours]
-        return sum(held) if held else None
+        return gpu_bytes({process.pid for process in self._processes()})
 
     def stop(self) -> None:
         """Tell it to end and wait; kill what does not."""
@@ -279,21 +283,3 @@ def serve_flags(config: EngineConfig) -> list[str]:
             else:
                 flags.append(f"{setting.flag}={value}")
     return flags
-
-
-def _peak_bytes(process: psutil.Process) -> int:
-    try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
-        return int(found[1]) * 1024 if found else int(process.memory_info().rss)
-    except OSError:
-        with contextlib.suppress(psutil.Error):
-            return int(process.memory_info().rss)
-    return 0
-
-
-def _get(url: str, headers: Mapping[str, str]) -> bytes:
-    """The body at `url`, asked directly: a proxy of the environment plays no part."""
-    opener = build_opener(ProxyHandler({}))
-    with opener.open(Request(url, headers=dict(headers)), timeout=ANSWER_SECONDS) as response:
-        body: bytes = response.read()
-    return body

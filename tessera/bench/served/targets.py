@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -12,7 +13,7 @@ from tessera.bench.record import CacheState, Subject
 from tessera.bench.served.client import Dialect
 from tessera.bench.served.servers import START_SECONDS, ExternalServer, Server, ServerProcess
 from tessera.bench.subjects import Wanted
-from tessera.errors import ConfigError
+from tessera.errors import ConfigError, TesseraError
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,18 @@ class OwnTarget:
         """Each replay has prompts of its own, so it finds nothing in a cache that earlier ones filled."""
         return "off" if "--no-enable-prefix-caching" in self.flags else "cold"
 
+    @property
+    def about(self) -> str:
+        """What is started."""
+        return shlex.join(["tessera", "serve", *self._all_flags])
+
+    @property
+    def _all_flags(self) -> list[str]:
+        return [*self.flags, *(f"--{name.replace('_', '-')}={value}" for name, value in self.wanted.settings.items())]
+
     def start(self) -> tuple[Server, Subject]:
         """A server, ready, and what it runs; TesseraError where it does not come up."""
-        backends = [f"--{name.replace('_', '-')}={value}" for name, value in self.wanted.settings.items()]
-        server = ServerProcess([*self.flags, *backends], self.environment, self.start_seconds)
+        server = ServerProcess(self._all_flags, self.environment, self.start_seconds)
         try:
             return server, server.subject(self.wanted)
         except BaseException:
@@ -73,6 +82,11 @@ class UrlTarget:
         """As long as nothing is known of it."""
         return Subject(self.label, engine="server", note=f"at {self.url}")
 
+    @property
+    def about(self) -> str:
+        """Nothing is started."""
+        return ""
+
     def start(self) -> tuple[Server, Subject]:
         """The server and what it says of itself; TesseraError where it does not answer."""
         server = ExternalServer(self.url, self.api_key, self.dialect)
@@ -80,6 +94,26 @@ class UrlTarget:
 
 
 Target = OwnTarget | UrlTarget
+
+
+def check_names(targets: Sequence[Target]) -> None:
+    """ConfigError where two have one name: their rows could not be told apart."""
+    labels = [target.label for target in targets]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(f"{label} is named twice", "give each server a name of its own: --url NAME=URL")
+
+
+def check_urls(targets: Sequence[Target]) -> list[str]:
+    """The models that the URLs among `targets` serve; ConfigError for the first that does not say, before any case."""
+    models = []
+    for target in targets:
+        if isinstance(target, UrlTarget):
+            try:
+                models.append(target.start()[0].model)
+            except TesseraError as error:
+                raise ConfigError(f"--url {target.label}: {error.message}", error.hint) from None
+    return models
 
 
 def url_targets(words: Sequence[str]) -> list[UrlTarget]:

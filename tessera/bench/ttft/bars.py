@@ -9,6 +9,7 @@ from tessera.attention.contract import Shape
 from tessera.bench.api.load import hits
 from tessera.bench.record import Record, Subject
 from tessera.bench.served.client import Reply
+from tessera.bench.served.servers import Server
 from tessera.bench.served.targets import OwnTarget
 from tessera.bench.subjects import wanted_backends
 from tessera.errors import ConfigError
@@ -48,8 +49,28 @@ class Bar:
 class Stage:
     """A server, and the bars that are measured at it."""
 
+    model: str
     target: OwnTarget
     bars: Sequence[Bar]
+
+    @property
+    def label(self) -> str:
+        """The server's, as progress names it."""
+        return f"{self.model}, {self.target.label}"
+
+    @property
+    def about(self) -> str:
+        """What is started."""
+        return self.target.about
+
+    @property
+    def reasons(self) -> Sequence[str]:
+        """Why it cannot serve here."""
+        return self.target.reasons
+
+    def start(self) -> tuple[Server, Subject]:
+        """As the target does."""
+        return self.target.start()
 
 
 @dataclass(frozen=True)
@@ -60,11 +81,11 @@ class Model:
     stages: Sequence[Stage]
 
 
-def stages_of(shapes: Sequence[Shape], flags: Sequence[str], fast: str | None) -> list[Stage]:
+def stages_of(model: str, shapes: Sequence[Shape], flags: Sequence[str], fast: str | None) -> list[Stage]:
     """The servers for a model of these shapes, all started with `flags`.
 
-    Left out, `fast` is triton where it can serve both phases, else auto. ConfigError on one that does not exist, on
-    several, and on the simple one.
+    Left out, `fast` is triton where it can serve both phases, else auto. ConfigError on one that does not exist or
+    cannot serve here, on several, and on the simple one.
     """
     if fast is None:
         (triton,) = wanted_backends("triton", shapes)
@@ -74,12 +95,18 @@ def stages_of(shapes: Sequence[Shape], flags: Sequence[str], fast: str | None) -
         raise ConfigError(f"--fast {fast} names {len(found)} backends", "name one: --fast triton")
     if found[0].label == SIMPLE:
         raise ConfigError(f"--fast {SIMPLE} is the simple backend of the second bar", "name another, or leave it out")
+    if found[0].reasons:
+        reasons = "; ".join(found[0].reasons)
+        raise ConfigError(
+            f"--fast {fast} cannot serve {model} here: {reasons}",
+            "see `tessera backends` for those that can, or leave --fast out",
+        )
     (simple,) = wanted_backends(SIMPLE, shapes)
     label = found[0].label
     return [
-        Stage(OwnTarget(simple, [*flags, NO_CACHE]), [Bar(NETWORK), Bar(f"{SIMPLE}, {COLD}")]),
-        Stage(OwnTarget(found[0], [*flags, NO_CACHE]), [Bar(f"{label}, {COLD}")]),
-        Stage(OwnTarget(found[0], list(flags)), [Bar(f"{label}, {WARM}", is_warm=True)]),
+        Stage(model, OwnTarget(simple, [*flags, NO_CACHE]), [Bar(NETWORK), Bar(f"{SIMPLE}, {COLD}")]),
+        Stage(model, OwnTarget(found[0], [*flags, NO_CACHE]), [Bar(f"{label}, {COLD}")]),
+        Stage(model, OwnTarget(found[0], list(flags)), [Bar(f"{label}, {WARM}", is_warm=True)]),
     ]
 
 

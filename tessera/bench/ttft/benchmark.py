@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from tessera.bench.api.load import cached_tokens, round_trips_ms
 from tessera.bench.benchmark import Done
@@ -16,9 +17,9 @@ from tessera.bench.served.latency import failures, ttft_ms, wrong_lengths
 from tessera.bench.served.prompts import Prompts, prompts_for
 from tessera.bench.served.rows import device_type
 from tessera.bench.served.servers import Server
+from tessera.bench.served.turns import records_in_turns
 from tessera.bench.ttft.bars import NETWORK_PATH, Bar, Model, Stage, cache_problem
 from tessera.bench.ttft.options import TtftOptions
-from tessera.errors import TesseraError
 
 FIELDS = {"temperature": 0, "ignore_eos": True}
 
@@ -35,34 +36,21 @@ class _Running:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A row to be."""
+class Cell:
+    """A bar for prompts of one length."""
 
-    model: Model
-    stage: Stage
     bar: Bar
     num_tokens: int
-    repeat: int
-
-    @property
-    def case(self) -> dict[str, Value]:
-        """As a Record has it: the bars of one are compared with one another."""
-        return {"model": self.model.name, "prompt_tokens": self.num_tokens}
-
-    @property
-    def salt(self) -> tuple[object, ...]:
-        """What tells its prompts from those of other rows."""
-        return self.model.name, self.bar.label, self.repeat
 
 
 class TtftBenchmark:
     """Every bar of every model with every length of prompt, `options.repeats` times.
 
-    A server is started for each repeat and each setting that its bars need (the network and the naive bar share one),
-    is alone on the machine, and is stopped after it; every second repeat takes them in reverse order. A row is the
-    median of `options.requests` requests for one token, one after another on one connection; one more, before the
-    clock, warms up. Prompts are new each time, but for the bar with the warm cache, whose prompt is the warm-up's; a
-    row of it in which a prompt was not found in the cache is failed, and so is one of another in which one was.
+    A server is started for each repeat and each setting that its bars need (the network and the naive bar share one);
+    they take turns as served/turns.py says, and the bars of one model are one group. A row is the median of
+    `options.requests` requests for one token, one after another on one connection; one more, before the clock, warms
+    up. Prompts are new each time, but for the bar with the warm cache, whose prompt is the warm-up's; a row of it in
+    which a prompt was not found in the cache is failed, and so is one of another in which one was.
     """
 
     kind: Kind = "ttft"
@@ -83,39 +71,22 @@ class TtftBenchmark:
     def records(self, done: Container[Done] = ()) -> Iterator[Record]:
         """Measure and yield row by row."""
         self._provenance = self._provenance or provenance(self._command)
-        for repeat in range(self.options.repeats):
-            step = -1 if repeat % 2 else 1
-            for model in self.models:
-                for stage in model.stages[::step]:
-                    jobs = [
-                        _Job(model, stage, bar, num_tokens, repeat)
-                        for num_tokens in self.options.lengths[::step]
-                        for bar in stage.bars[::step]
-                    ]
-                    jobs = [
-                        job for job in jobs if Done(self._failed(job, "-").case_key, job.bar.label, repeat) not in done
-                    ]
-                    if jobs:
-                        yield from self._of(stage, jobs)
+        yield from records_in_turns(self, [model.stages for model in self.models], self.options.repeats, done)
 
-    def _of(self, stage: Stage, jobs: Sequence[_Job]) -> Iterator[Record]:
-        """The rows of one server."""
-        if stage.target.reasons:
-            for job in jobs:
-                yield replace(self._failed(job, "; ".join(stage.target.reasons)), status="unavailable")
-            return
-        left = list(jobs)
-        try:
-            server, subject = stage.target.start()
-            with server:
-                running = self._prepared(server, subject)
-                while left:
-                    row = self._measured(running, left[0])
-                    left.pop(0)
-                    yield row
-        except TesseraError as error:
-            for job in left:
-                yield self._failed(job, str(error).replace("\n\n", " "))
+    def cells(self, stage: Stage) -> Sequence[Cell]:
+        """Every length at every bar of a server."""
+        return [Cell(bar, num_tokens) for num_tokens in self.options.lengths for bar in stage.bars]
+
+    def blank(self, stage: Stage, repeat: int, cell: Cell, reason: str) -> Record:
+        """A row without figures, of a server of which nothing is known."""
+        conditions = Conditions(model=stage.model, seed=self._seed, settings=self._settings())
+        subject = Subject(cell.bar.label, asked={} if cell.bar.is_network else stage.target.wanted.asked)
+        case = _case(stage, cell)
+        return Record(self.kind, case, subject, "failed", conditions, self._where, repeat, reason=reason)
+
+    def ready(self, stage: Stage, repeat: int, server: Server, subject: Subject) -> Callable[[Cell], Record]:
+        """What measures a bar at this server."""
+        return partial(self._measured, self._prepared(server, subject), stage, repeat)
 
     @property
     def _where(self) -> Provenance:
@@ -130,12 +101,6 @@ class TtftBenchmark:
             "order": "servers and lengths reversed every second repeat",
         }
 
-    def _failed(self, job: _Job, reason: str) -> Record:
-        """A row without figures, of a server of which nothing is known."""
-        conditions = Conditions(model=job.model.name, seed=self._seed, settings=self._settings())
-        subject = Subject(job.bar.label, asked={} if job.bar.is_network else job.stage.target.wanted.asked)
-        return Record(self.kind, job.case, subject, "failed", conditions, self._where, job.repeat, reason=reason)
-
     def _prepared(self, server: Server, subject: Subject) -> _Running:
         model, info, settings = server.model, server.info, self._settings()
         assert info  # ours tell
@@ -144,8 +109,8 @@ class TtftBenchmark:
         conditions = Conditions(model, info.dtype, device_type(info), self._seed, settings=settings)
         return _Running(server, model, subject, conditions, asyncio.run(prompts_for(server, model)))
 
-    def _measured(self, running: _Running, job: _Job) -> Record:
-        bar = job.bar
+    def _measured(self, running: _Running, stage: Stage, repeat: int, cell: Cell) -> Record:
+        bar = cell.bar
         conditions = replace(
             running.conditions,
             cache="warm" if bar.is_warm else "off",
@@ -154,30 +119,35 @@ class TtftBenchmark:
             else f"1 request of {'its' if bar.is_network else 'the'} kind",
         )
         subject = bar.subject(running.subject)
-        row = Record(self.kind, job.case, subject, "failed", conditions, self._where, job.repeat, reason="-")
+        row = Record(self.kind, _case(stage, cell), subject, "failed", conditions, self._where, repeat, reason="-")
         if bar.is_network:
             times = asyncio.run(round_trips_ms(running.server, NETWORK_PATH, self.options.requests))
             return _with(row, times, {})
-        load = self._send(running, job)
+        load = self._send(running, cell, (stage.model, bar.label, repeat))
         replies = load.replies[1:]
-        asked = [job.num_tokens] * len(replies)
+        asked = [cell.num_tokens] * len(replies)
         if problem := failures(load) or wrong_lengths(replies, asked) or cache_problem(bar, replies):
             return replace(row, reason=problem)
         figures = {"cached_prompt_tokens": float(cached_tokens(replies) or 0), "client_cpu": load.client_cpu}
         return _with(row, [ttft_ms(reply) for reply in replies], figures | running.server.memory())
 
-    def _send(self, running: _Running, job: _Job) -> Load:
-        """The request that warms up, then those that are timed."""
+    def _send(self, running: _Running, cell: Cell, salt: Sequence[object]) -> Load:
+        """The request that warms up, then those that are timed; `salt` tells its prompts from those of other rows."""
 
         def call(index: int) -> Call:
-            place = "same" if job.bar.is_warm else index
-            return running.prompts.call(index, job.num_tokens, 1, dict(FIELDS), self._seed, *job.salt, place)
+            place = "same" if cell.bar.is_warm else index
+            return running.prompts.call(index, cell.num_tokens, 1, dict(FIELDS), self._seed, *salt, place)
 
         calls = [call(index) for index in range(self.options.requests + 1)]
         server, timeout = running.server, self.options.request_timeout
         headers, dialect = server.headers, server.dialect
         loop = closed_loop(server.url, running.model, calls, 1, timeout_s=timeout, headers=headers, dialect=dialect)
         return asyncio.run(loop)
+
+
+def _case(stage: Stage, cell: Cell) -> dict[str, Value]:
+    """As a Record has it: the bars of one are compared with one another."""
+    return {"model": stage.model, "prompt_tokens": cell.num_tokens}
 
 
 def _with(row: Record, times_ms: Sequence[float], figures: dict[str, float]) -> Record:

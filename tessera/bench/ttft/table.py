@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from tessera.bench.record import Record
+from tessera.bench.served.rows import newest
 from tessera.bench.ttft.bars import bar_in_words
 
 WIDTH = 24
@@ -18,7 +19,7 @@ def table(rows: Sequence[Record]) -> list[tuple[str, ...]]:
     Bars of one model and length have one scale.
     """
     groups: dict[tuple[str, str], list[Record]] = {}
-    for row in rows:
+    for row in newest(rows):
         groups.setdefault((row.case_key, row.subject.label), []).append(row)
     medians = {key: _median(group) for key, group in groups.items()}
     found: list[tuple[str, ...]] = [("model", "prompt", "first token", "TTFT (ms)", "range", "cached", "repeats", "")]

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 from tessera.bench.api.options import ApiOptions
 from tessera.bench.options import RunOptions, require
+from tessera.bench.places import check_file
+from tessera.commands.bench.offline import DECIDED
 from tessera.commands.flags import Parser, add_model, add_settings, engine_config, read_section
 from tessera.commands.table import render
 from tessera.config import EngineConfig, settings_of
@@ -34,7 +36,7 @@ def add_flags(parser: Parser) -> None:
     )
     add_settings(parser, "api", settings_of(ApiOptions))
     add_settings(parser, "run", settings_of(RunOptions))
-    add_model(parser)
+    add_model(parser, refused=DECIDED)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,13 +48,20 @@ def run(args: argparse.Namespace) -> int:
     _ = options.levels, options.lengths
     for module in ("aiohttp", "rich", "yaml"):
         require(module, "bench", "tessera bench api")
+    for flag, file in (("--out", path), ("--markdown", markdown_path), ("--results", results_path)):
+        if file is not None:
+            check_file(flag, file)
     with_own = not args.url or hasattr(args, "backends")
     model, targets = _targets(args, config, options, run_options.backends if with_own else None)
 
     from tessera.bench.api.benchmark import ApiBenchmark
     from tessera.bench.api.live import run_live
     from tessera.bench.api.tables import markdown, plain, write_results
+    from tessera.bench.served.targets import check_names, check_urls
 
+    check_names(targets)
+    served = check_urls(targets)
+    model = model or served[0]
     benchmark = ApiBenchmark(targets, options, model=model, repeats=run_options.repeats, seed=config.model.seed)
     rows = run_live(benchmark, path, resume=run_options.resume)
     markdown_path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 def _targets(
     args: argparse.Namespace, config: EngineConfig, options: ApiOptions, backends: str | None
 ) -> tuple[str, list[Target]]:
-    """The model that rows name, and the servers."""
+    """The model that rows name, '' where it is that of the first URL, and the servers."""
     from tessera.bench.served.servers import serve_flags
     from tessera.bench.served.targets import OwnTarget, url_targets
 
@@ -78,7 +87,7 @@ def _targets(
             raise ConfigError(
                 f"{given[0]} is for a server of ours, and only --url is measured", "add --backends, or leave it out"
             )
-        return _model_at(args.url, targets), targets
+        return "", targets
     from tessera.bench.subjects import wanted_backends
     from tessera.commands.backends import model_shapes
     from tessera.model.registry import load_spec
@@ -87,15 +96,3 @@ def _targets(
     name, shapes = model_shapes(config)
     options.check_context(config.model.max_model_len or load_spec(find_model(config.model)).max_position, name)
     return name, [*(OwnTarget(wanted, flags) for wanted in wanted_backends(backends, shapes)), *targets]
-
-
-def _model_at(words: list[str], targets: list[Target]) -> str:
-    """The model that the first server that answers serves; what was typed where none answers."""
-    from tessera.errors import TesseraError
-
-    for target in targets:
-        try:
-            return target.start()[0].model
-        except TesseraError:
-            continue
-    return words[0]

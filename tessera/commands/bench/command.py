@@ -10,6 +10,7 @@ import argparse
 from importlib import import_module
 from importlib.util import find_spec
 
+from tessera.bench.ending import sigterm_as_ctrl_c
 from tessera.commands.flags import Parser
 from tessera.errors import ConfigError
 from tessera.log import LEVELS
@@ -37,5 +38,6 @@ def run(args: argparse.Namespace) -> int:
     """Run the benchmark that was named."""
     if args.benchmark is None:
         raise ConfigError("no benchmark is named", f"name one of {', '.join(BENCHMARKS)}; see `tessera bench --help`")
-    code: int = import_module(f"{__package__}.{args.benchmark}").run(args)
+    with sigterm_as_ctrl_c():
+        code: int = import_module(f"{__package__}.{args.benchmark}").run(args)
     return code

@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from tessera.bench.compare.stages import PARTS, CompareOptions, stages
+from tessera.bench.compare.stages import LEFT_OUT, PARTS, CompareOptions, stages, without_choosers
+from tessera.bench.places import check_folder
 from tessera.commands.flags import Parser, add_settings, engine_config, read_section
 from tessera.config import CacheConfig, DeviceConfig, ModelConfig, settings_of
 from tessera.errors import ConfigError
@@ -44,11 +46,15 @@ def run(args: argparse.Namespace) -> int:
         require(module, "bench", "a comparison")
     name, shapes = model_shapes(config)
     device = choose_device(config.device.device).type
-    labels = [wanted.label for wanted in wanted_backends(options.backends, shapes)]  # refused here, not in six places
-    if device == "cpu" and options.backends in ("usable", "all"):
-        labels.remove("auto")
-    options = replace(options, backends=",".join(labels))
-    outcomes = run_stages(stages(options, parts, device, _given(args), str(folder)), folder)
+    wanted = wanted_backends(options.backends, shapes)  # refused here, not in six places
+    left_out: Mapping[str, str] = {}
+    if options.backends in ("usable", "all"):
+        wanted = without_choosers(wanted) if device == "cpu" else wanted
+        left_out = LEFT_OUT.get((options.effort, device), {})
+    options = replace(options, backends=",".join(each.label for each in wanted))
+    for part in (part for part in parts if part in left_out):
+        sys.stderr.write(f"{part} does without {left_out[part]}, which compiles too long; --backends names it\n")
+    outcomes = run_stages(stages(options, parts, device, _given(args), str(folder), left_out), folder)
     code = make_report(folder, f"Attention backends, {name}")
     sys.stdout.write("\n" + "\n".join(outcome.line for outcome in outcomes) + f"\n\nreport: {folder / 'report.html'}\n")
     if any(outcome.code == INTERRUPTED for outcome in outcomes):
@@ -68,17 +74,21 @@ def _parts(options: CompareOptions) -> list[str]:
 
 
 def _folder(options: CompareOptions) -> Path:
-    """Where everything goes; ConfigError for one that has rows of another comparison, and for none to go on with."""
+    """Where everything goes; ConfigError for one that has rows of another comparison or that cannot be written.
+
+    Also for none to go on with.
+    """
     if options.folder is None:
         if options.resume:
             raise ConfigError("--resume goes on with a folder, and none is named", "add --folder")
-        return Path("results") / f"compare-{time.strftime('%Y%m%dT%H%M%S')}"
+        folder = Path("results") / f"compare-{time.strftime('%Y%m%dT%H%M%S')}"
+        check_folder("the folder", folder)
+        return folder
     folder = Path(options.folder)
     has_rows = folder.is_dir() and any(folder.glob("*.jsonl"))
     if has_rows and not options.resume:
         raise ConfigError(f"{folder} has rows already", "add --resume to go on with them, or name another --folder")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file", "name a folder")
+    check_folder("--folder", folder)
     return folder
 
 

@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tessera.bench.kernels.options import KernelOptions
+from tessera.bench.places import check_file
 from tessera.commands.flags import Parser, add_settings, engine_config, read_section
 from tessera.config import DeviceConfig, ModelConfig, settings_of
 
 if TYPE_CHECKING:
     from tessera.attention.contract import Shape
+    from tessera.bench.kernels.profile import CallProfile
     from tessera.bench.record import Record
 
 _ENGINE = ("model", "revision", "device", "cpu_threads")
@@ -36,7 +38,8 @@ def add_flags(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, append the rows to the file."""
     options = read_section(args, KernelOptions)
-    path = options.out_path
+    path, compared = options.out_path, options.compared
+    check_file("--out", path)
     config = engine_config(args)
 
     import torch
@@ -44,9 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from tessera.bench.benchmark import run as run_benchmark
     from tessera.bench.kernels.benchmark import KernelBenchmark
     from tessera.bench.kernels.grid import make_cases
-    from tessera.bench.kernels.tables import as_json, tables
     from tessera.commands.backends import model_shapes
-    from tessera.commands.table import render
     from tessera.runner.device import choose_device
 
     def shapes() -> Sequence[Shape]:
@@ -57,17 +58,39 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(config.device.device)
     cases = make_cases(options, device, shapes, model_named=config.model.model is not None)
     benchmark = KernelBenchmark(
-        cases, backends=options.backends, device=device.type, repeats=options.repeats, seed=options.seed
+        cases,
+        backends=compared,
+        device=device.type,
+        repeats=options.repeats,
+        seed=options.seed,
+        ladder=options.ladder,
+        profile=options.profile,
     )
     if options.preset in ("decode", "prefill", "vit") and device.type == "cpu":
         sys.stderr.write(f"--preset {options.preset} on a CPU: smaller sizes than on a GPU, named as they are\n")
     rows: list[Record] = run_benchmark(benchmark, path, resume=options.resume)
     if args.json:
-        for row in rows:
-            sys.stdout.write(as_json(row) + "\n")
+        _print_json(rows, benchmark.profiles)
     else:
-        for table in tables(rows):
-            body = [render(table.rows)] if table.rows else []
-            sys.stdout.write("\n".join([table.title, *body, *(f"  {line}" for line in table.lines)]) + "\n\n")
+        _print_tables(rows, benchmark.profiles, ladder=options.ladder)
         sys.stdout.write(f"rows appended to {path}\n")
     return 1 if any(row.status == "failed" for row in rows) else 0
+
+
+def _print_json(rows: Sequence[Record], profiles: Sequence[CallProfile]) -> None:
+    from tessera.bench.kernels.profile_tables import profile_json
+    from tessera.bench.kernels.tables import as_json
+
+    for line in (*map(as_json, rows), *map(profile_json, profiles)):
+        sys.stdout.write(line + "\n")
+
+
+def _print_tables(rows: Sequence[Record], profiles: Sequence[CallProfile], *, ladder: bool) -> None:
+    from tessera.bench.kernels.ladder import ladder_tables
+    from tessera.bench.kernels.profile_tables import profile_tables
+    from tessera.bench.kernels.tables import tables
+    from tessera.commands.table import render
+
+    for table in (*tables(rows), *(ladder_tables(rows) if ladder else ()), *profile_tables(profiles)):
+        body = [render(table.rows)] if table.rows else []
+        sys.stdout.write("\n".join([table.title, *body, *(f"  {line}" for line in table.lines)]) + "\n\n")

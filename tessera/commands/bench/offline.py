@@ -13,9 +13,10 @@ from dataclasses import replace
 
 from tessera.bench.offline.options import OfflineOptions
 from tessera.bench.options import RunOptions
+from tessera.bench.places import check_file
 from tessera.commands.flags import Parser, add_model, add_settings, engine_config, read_section
 from tessera.commands.table import render
-from tessera.config import EngineConfig, settings_of
+from tessera.config import EngineConfig, SchedulerConfig, settings_of
 from tessera.errors import ConfigError
 
 DECIDED = {
@@ -25,21 +26,31 @@ DECIDED = {
     "prove_attention": "every backend is proven; leave it out",
 }
 """Engine settings that a benchmark over backends decides, and what to say instead."""
+_UNREAD = "prompts are token ids: leave it out"
+REFUSED = DECIDED | {"tokenizer": _UNREAD, "chat_template": _UNREAD}
+DEFAULTS = {
+    "enable_prefix_caching": "False, for every pass has the same prompts",
+    "max_model_len": "what the workload takes",
+    "max_num_seqs": f"{SchedulerConfig.max_num_seqs}, or the workload's prompts where they are fewer",
+}
+"""What is taken for engine settings that are left out, where it is not what the engine takes."""
 
 
 def add_flags(parser: Parser) -> None:
     """The workload, the subjects, and the engine."""
     add_settings(parser, "benchmark", settings_of(RunOptions))
     add_settings(parser, "offline", settings_of(OfflineOptions))
-    add_model(parser)
+    add_model(parser, defaults=DEFAULTS, refused=REFUSED)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, append rows, print a table; 1 where nothing could be measured."""
-    unread = "prompts are token ids: leave it out"
-    refuse_decided(args, DECIDED | {"tokenizer": unread, "chat_template": unread})
+    refuse_decided(args, REFUSED)
     common, options = read_section(args, RunOptions), read_section(args, OfflineOptions)
     path = common.out_path("offline")
+    results = path.with_name("offline_results.json")
+    for file in (path, results):
+        check_file("--out", file)
     config = _config(args)
     from tessera.bench.benchmark import run as run_benchmark
     from tessera.bench.offline.benchmark import OfflineBenchmark
@@ -54,7 +65,6 @@ def run(args: argparse.Namespace) -> int:
     case = ", ".join(f"{name} {value}" for name, value in benchmark.case.items())
     sys.stdout.write(f"{case}\n\n{render(table(rows, benchmark.labels), indent='')}\n")
     sys.stdout.write("".join(f"\n{line}" for line in reasons(rows)) + "\n")
-    results = path.with_name("offline_results.json")
     write_results(results, rows, benchmark.labels)
     sys.stdout.write(f"\nrows: {path}; summary: {results}\n")
     return 0 if any(row.status == "ok" for row in rows) else 1

@@ -3,7 +3,8 @@
 The loop is open: each request is sent at its time, whatever has become of the others. Every server gets the very same
 requests: random token ids (or words) of the trace's lengths, greedy, with exactly as many output tokens as the trace
 says. One of ours is started for each backend and repeat, with proofs on, and is alone on the machine meanwhile; flags
-of the engine are handed on to it. With --url and without --backends, only the URLs are measured.
+of the engine are handed on to it. With --url and without --backends, only the URLs are measured; their key is read
+from TESSERA_API_KEY. Prompts of a trace of conversations are those that people wrote, but for their first token.
 
 Latencies are per token, also where a server sends several in a chunk: TTFT to the first token, TPOT the mean of the
 others, ITL each gap, E2E to the end of the stream. If any request of a replay fails, the replay is a failed row.
@@ -15,10 +16,13 @@ import argparse
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tessera.bench.online.options import OnlineOptions
 from tessera.bench.options import RunOptions
+from tessera.bench.places import check_file
+from tessera.commands.bench.offline import DECIDED
 from tessera.commands.flags import Parser, add_model, add_settings, engine_config, read_section
 from tessera.commands.table import render
 from tessera.config import EngineConfig, settings_of
@@ -27,6 +31,7 @@ from tessera.errors import ConfigError
 if TYPE_CHECKING:
     from tessera.bench.online.trace_prompts import Vocabulary
     from tessera.bench.served.targets import Target
+    from tessera.text.tokenizer import Tokenizer
 
 
 def add_flags(parser: Parser) -> None:
@@ -37,7 +42,7 @@ def add_flags(parser: Parser) -> None:
     )
     add_settings(parser, "online", settings_of(OnlineOptions))
     add_settings(parser, "run", settings_of(RunOptions))
-    add_model(parser)
+    add_model(parser, refused=DECIDED)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,24 +57,34 @@ def run(args: argparse.Namespace) -> int:
     from tessera.bench.online.benchmark import OnlineBenchmark, Replay
     from tessera.bench.online.results import table, write_results
     from tessera.bench.served.latency import Promise
+    from tessera.bench.served.targets import check_urls
 
     if config.model.seed < 0:
         raise ConfigError(f"--seed {config.model.seed} is negative, which a trace cannot be made from", "use 0 or more")
+    results = path.with_name("online_results.json")
+    for flag, file in (("--out", path), ("--out", results), ("--write-trace", options.write_trace)):
+        if file is not None:
+            check_file(flag, Path(file))
     with_own = not args.url or hasattr(args, "backends")
     targets = _targets(args, config, run_options, with_own)
+    tokenizer = _tokenizer(options, config, with_own)
     replay = Replay(
-        trace=options.make_trace(config.model.seed),
+        trace=options.make_trace(config.model.seed, tokenizer.encode if tokenizer else None),
         scales=scales,
-        vocabulary=_vocabulary(options, config, with_own),
+        vocabulary=_vocabulary(options, tokenizer),
         case=dict(options.case),
         seed=config.model.seed,
         num_warmup=options.num_warmup,
         promise=Promise(options.slo_ttft_ms, options.slo_tpot_ms),
         timeout_s=options.request_timeout,
+        messages=options.chat,
+        keep_servers=options.keep_servers,
     )
+    online = OnlineBenchmark(targets, replay, repeats=run_options.repeats)
+    check_urls(targets)
     began = time.monotonic()
-    rows = benchmark.run(OnlineBenchmark(targets, replay, repeats=run_options.repeats), path, resume=run_options.resume)
-    write_results(path.with_name("online_results.json"), rows, time.monotonic() - began)
+    rows = benchmark.run(online, path, resume=run_options.resume)
+    write_results(results, rows, time.monotonic() - began)
     if args.json:
         import msgspec
 
@@ -97,15 +112,26 @@ def _targets(args: argparse.Namespace, config: EngineConfig, run_options: RunOpt
     return [*(OwnTarget(wanted, flags) for wanted in wanted_backends(run_options.backends, shapes)), *targets]
 
 
-def _vocabulary(options: OnlineOptions, config: EngineConfig, with_own: bool) -> Vocabulary:
-    """Words where they were asked for, else the model's own ids; ids that all models have where none is named."""
-    from tessera.bench.online.trace_prompts import PLAIN_IDS, Vocabulary
+def _tokenizer(options: OnlineOptions, config: EngineConfig, with_own: bool) -> Tokenizer | None:
+    """The model's own, where its ids are sent or its tokens counted; None where texts are, or no model is named."""
     from tessera.model.source import find_model
     from tessera.text.tokenizer import load_tokenizer
 
-    if options.prompt_text:
+    is_named = with_own or config.model != EngineConfig().model
+    if options.needs_tokenizer and not is_named:
+        said = f"{options.trace} has texts, whose tokens the tokenizer of the served model counts, and none is named"
+        raise ConfigError(said, "add --model, the model that the URL serves")
+    if not is_named or (options.sends_text and not options.needs_tokenizer):
+        return None
+    return load_tokenizer(find_model(config.model), config.model)
+
+
+def _vocabulary(options: OnlineOptions, tokenizer: Tokenizer | None) -> Vocabulary:
+    """Words where texts were asked for, else the model's own ids; ids that all models have where none is named."""
+    from tessera.bench.online.trace_prompts import PLAIN_IDS, Vocabulary
+
+    if options.sends_text:
         return Vocabulary()
-    if not with_own and config.model == EngineConfig().model:
+    if tokenizer is None:
         return Vocabulary(PLAIN_IDS)
-    tokenizer = load_tokenizer(find_model(config.model), config.model)
     return Vocabulary([i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_token_ids])

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast, get_args
 
 from tessera.bench.options import RunOptions
+from tessera.bench.places import check_file
 from tessera.bench.quality.options import QualityOptions
 from tessera.commands.bench.offline import DECIDED, refuse_decided
 from tessera.commands.flags import Parser, add_model, add_settings, engine_config, read_section
@@ -41,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     common, options = read_section(args, RunOptions), read_section(args, QualityOptions)
     refuse_idle(args, options)
     path = common.out_path("quality")
+    check_file("--out", path)
     config = engine_config(args)
     wanted = _wanted(config, options, common.backends)
     from tessera.bench.benchmark import run as run_benchmark
@@ -58,10 +60,11 @@ def run(args: argparse.Namespace) -> int:
 
         rows = run_benchmark(QualityBenchmark(config, wanted, options, provenance()), path, resume=common.resume)
         lines = table(rows)
-    from tessera.bench.offline.results import reasons
+    from tessera.bench.reasons import gathered
+    from tessera.bench.served.rows import newest
 
     sys.stdout.write(render(lines, indent="") + "\n")
-    sys.stdout.write("".join(f"\n{line}" for line in reasons(rows)) + f"\nrows: {path}\n")
+    sys.stdout.write("".join(f"\n{each.line}" for each in gathered(newest(rows))) + f"\nrows: {path}\n")
     return 0 if any(row.status == "ok" for row in rows) else 1
 
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from tessera.bench.places import check_file, check_folder
 from tessera.commands.flags import Parser
 from tessera.errors import ConfigError
 
@@ -46,8 +47,9 @@ def run(args: argparse.Namespace) -> int:
     from tessera.bench.report.build import build
     from tessera.bench.report.page import html, markdown
 
-    files = dict.fromkeys(path.resolve() for path in args.results)
-    report = build([row for path in files for row in read(path)], args.title, args.baseline)
+    files = {path.resolve(): path for path in reversed(args.results)}
+    given = [path for path in args.results if path is files[path.resolve()]]
+    report = build([row for path in given for row in read(path)], args.title, args.baseline, list(map(str, given)))
     _write(args.out, html(report))
     images = _figures(report, args) if args.figures else {}
     if args.markdown:
@@ -72,13 +74,15 @@ def _figures(report: Report, args: argparse.Namespace) -> dict[str, str]:
 
 
 def _check_paths(args: argparse.Namespace) -> None:
-    """ConfigError for what would overwrite rows or hide a page, before anything is read."""
+    """ConfigError for what would overwrite rows, hide a page or cannot be written, before anything is read."""
     suffixes = {"--out": (args.out, (".html", ".htm")), "--markdown": (args.markdown, (".md",))}
     for flag, (path, allowed) in suffixes.items():
         if path is not None and path.suffix not in allowed:
             raise ConfigError(f"{flag} {path} does not end in {allowed[0]}", f"use {flag} {path}{allowed[0]}")
-    if args.figures is not None and args.figures.is_file():
-        raise ConfigError(f"--figures {args.figures} is a file", "name a folder")
+        if path is not None:
+            check_file(flag, path)
+    if args.figures is not None:
+        check_folder("--figures", args.figures)
 
 
 def _write(path: Path, text: str) -> None:

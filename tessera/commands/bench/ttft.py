@@ -17,7 +17,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tessera.bench.options import require
+from tessera.bench.places import check_file
 from tessera.bench.ttft.options import TtftOptions
+from tessera.commands.bench.offline import DECIDED
 from tessera.commands.flags import Parser, add_model, add_settings, engine_config, read_section
 from tessera.commands.table import render
 from tessera.config import EngineConfig, settings_of
@@ -31,7 +33,7 @@ def add_flags(parser: Parser) -> None:
     """Prompts, models, and engine settings."""
     parser.add_argument("--json", action="store_true", help="Rows as JSON lines in place of the table.")
     add_settings(parser, "ttft", settings_of(TtftOptions))
-    add_model(parser)
+    add_model(parser, refused=(*DECIDED, "model", "enable_prefix_caching"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     path, names = options.out_path(), options.model_names
     _ = options.lengths
     _refuse_decided(config)
+    check_file("--out", path)
     for module in ("aiohttp", "rich"):
         require(module, "bench", "tessera bench ttft")
     from tessera.bench import benchmark
@@ -93,4 +96,4 @@ def _model(name: str, config: EngineConfig, options: TtftOptions) -> Model:
     config = replace(config, model=section)
     source_name, shapes = model_shapes(config)
     options.check_context(section.max_model_len or load_spec(find_model(section)).max_position, source_name)
-    return Model(source_name, stages_of(shapes, serve_flags(config), options.fast))
+    return Model(source_name, stages_of(source_name, shapes, serve_flags(config), options.fast))

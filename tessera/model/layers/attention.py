@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from tessera.kernels.fused import fused_on
+from tessera.kernels.turn import Turn
 from tessera.model.layers.linear import Linear
 from tessera.model.layers.norm import RMSNorm
 from tessera.model.layers.parameter import Placement
 from tessera.model.layers.rope import Rotation, rotate
 from tessera.model.spec import ModelSpec
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q, k, v) -> [tokens, q_heads, head_dim]; q has that shape, k and v [tokens, kv_heads, head_dim].
 
-All three are views whose heads lie together (last stride 1) but whose tokens are further apart."""
+class Attend(Protocol):
+    """What a model calls to attend, once a layer."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, turn: Turn | None = None, /) -> Tensor:
+        """(layer, q, k, v) -> [tokens, q_heads, head_dim]; q has that shape, k and v [tokens, kv_heads, head_dim].
+
+        All three are views whose heads lie together (last stride 1) but whose tokens are further apart. `turn` comes
+        from layers that are `fused` and only from them: q and k are as projected, and whoever attends turns them.
+        """
+        ...
 
 
 class Attention(nn.Module):
     """Projects to q, k and v, turns q and k to their positions, attends, and projects back.
 
     It knows nothing of pages, windows or scale: `attend` does.
+
+    fused  whether `attend` is left to normalise and turn q and k as it stores keys, in one kernel; None: where it runs
     """
 
-    def __init__(self, spec: ModelSpec, layer: int, placement: Placement) -> None:
+    def __init__(self, spec: ModelSpec, layer: int, placement: Placement, *, fused: bool | None = None) -> None:
         super().__init__()
+        self.fused = fused_on(placement.device) if fused is None else fused
         self.layer = layer
         self.head_dim = spec.head_dim
         self.num_heads = (spec.num_q_heads, spec.num_kv_heads)
@@ -42,6 +54,10 @@ class Attention(nn.Module):
         """[tokens, hidden_size] -> [tokens, hidden_size]"""
         heads = self.qkv(hidden).view(hidden.shape[0], -1, self.head_dim)
         num_q_heads, num_kv_heads = self.num_heads
+        if self.fused:
+            q, k, v = heads.split((num_q_heads, num_kv_heads, num_kv_heads), 1)
+            output: Tensor = self.output(attend(self.layer, q, k, v, self._turn(rotation)).flatten(1))
+            return output
         both, v = heads.split((num_q_heads + num_kv_heads, num_kv_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = both.split(self.num_heads, 1)
@@ -49,5 +65,11 @@ class Attention(nn.Module):
         if rotation is not None:
             both = rotate(both, rotation)
         q, k = both.split(self.num_heads, 1)
-        output: Tensor = self.output(attend(self.layer, q, k, v).flatten(1))
+        output = self.output(attend(self.layer, q, k, v).flatten(1))
         return output
+
+    def _turn(self, rotation: Rotation | None) -> Turn:
+        """What `attend` has to do to q and k."""
+        if self.q_norm is None or self.k_norm is None:
+            return Turn(rotation=rotation)
+        return Turn(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, rotation)

@@ -8,6 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tessera.kernels.fused import fused_on
 from tessera.model.layers.linear import Linear
 from tessera.model.layers.parameter import Placement
 
@@ -23,19 +24,41 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class GatedMLP(nn.Module):
-    """down(activation(gate(x)) * up(x)), with gate and up as one product (SwiGLU, arXiv 2002.05202)."""
+    """down(activation(gate(x)) * up(x)), with gate and up as one product (SwiGLU, arXiv 2002.05202).
 
-    def __init__(self, hidden_size: int, size: int, activation: str, *, bias: bool, placement: Placement) -> None:
+    fused  whether a Triton kernel computes what lies between the products, in SwiGLU only; None: wherever it runs
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        size: int,
+        activation: str,
+        *,
+        bias: bool,
+        placement: Placement,
+        fused: bool | None = None,
+    ) -> None:
         super().__init__()
+        is_swiglu = ACTIVATIONS[activation] is functional.silu
+        self.fused = is_swiglu and (fused_on(placement.device) if fused is None else fused)
+        if self.fused:
+            from tessera.kernels.swiglu import swiglu
+
+            self._swiglu = swiglu
         self.gate_up = Linear(hidden_size, 2 * size, bias=bias, placement=placement)
         self.down = Linear(size, hidden_size, bias=bias, placement=placement)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden_size] -> [tokens, hidden_size]"""
-        gate, up = self.gate_up(hidden).chunk(2, -1)
-        output: Tensor = self.down(self.activation(gate) * up)
+        gate_up: Tensor = self.gate_up(hidden)
+        output: Tensor = self.down(self._swiglu(gate_up) if self.fused else self._gated(gate_up))
         return output
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return self.activation(gate) * up
 
 
 class MLP(nn.Module):

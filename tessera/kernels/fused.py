@@ -1,0 +1,38 @@
+"""Whether the fused kernels beside attention (norm, rotation, SwiGLU, sampling) serve a device."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from tessera.log import logger
+
+MIN_CAPABILITY = (8, 0)
+"""What Triton supports."""
+
+
+def fused_on(device: torch.device) -> bool:
+    """Whether layers on this device take the fused kernels: on CUDA, where one of them has been seen to run.
+
+    Asked when a layer is made and never after. Everywhere else torch's operators compute the same. On a machine
+    without a C compiler Triton imports but cannot launch: a warning says so, once.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return False
+    return launch_problem(device) is None
+
+
+@cache
+def launch_problem(device: torch.device) -> str | None:
+    """Why no Triton kernel runs on a CUDA device, logged the first time; None where one did."""
+    try:
+        from tessera.kernels.swiglu import swiglu
+
+        swiglu(torch.zeros(1, 32, dtype=torch.float16, device=device))
+        torch.cuda.synchronize(device)
+    except Exception as error:  # not installed, no compiler, a driver too old: each raises something else
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        logger.warning("torch's operators serve in place of the fused kernels, for Triton fails: %s", problem)
+        return problem
+    return None

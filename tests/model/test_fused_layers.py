@@ -1,0 +1,199 @@
+"""Layers by fused kernels answer as layers by torch's operators, and which it is was decided when they were made."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tessera.attention.backends.naive import Naive
+from tessera.attention.contract import Phase, Shape
+from tessera.attention.step import Attention, StepAttention
+from tessera.attention.workloads import make_batch
+from tessera.kernels import fused
+from tessera.model.language_model import LanguageModel
+from tessera.model.layers.mlp import GatedMLP
+from tessera.model.layers.norm import RMSNorm
+from tessera.model.layers.parameter import Placement
+from tessera.model.llama import Llama
+from tessera.model.spec import ModelSpec, Rope
+from triton_interpreter import (
+    DEVICE,
+    DTYPES,
+    MISSING,
+    check_in_interpreter,
+    needs_cuda,
+    needs_kernels,
+    outside_interpreter,
+)
+
+PREFILL, DECODE = ((5, 5), (3, 19)), ((1, 7), (1, 33))
+TABLE = torch.tensor([[3, 0, 0], [5, 1, 0], [7, 0, 0], [2, 4, 6]], dtype=torch.int32)
+FUSABLE = ("mlp", "attention")
+"""Modules of layers that ask `fused_on`."""
+
+
+def make_spec(*, qk_norm: bool = False) -> ModelSpec:
+    return ModelSpec(
+        architecture="llama",
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=80,
+        num_layers=2,
+        num_q_heads=6,
+        num_kv_heads=2,
+        head_dim=16,
+        max_position=64,
+        norm_eps=1e-6,
+        dtype=torch.float32,
+        scale=0.25,
+        windows=(None, 8),
+        eos_token_ids=(3,),
+        tie_word_embeddings=True,
+        activation="silu",
+        rope=Rope(theta=100.0),
+        qk_norm=qk_norm,
+    )
+
+
+def make_model(spec: ModelSpec, dtype: torch.dtype) -> LanguageModel:
+    """The same weights every time."""
+    model = Llama(spec, Placement(dtype, torch.device(DEVICE)))
+    for number, (_, parameter) in enumerate(sorted(model.named_parameters())):
+        values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        parameter.copy_(values * 0.15 if parameter.dim() > 1 else values * 0.3 + 1)
+    return model
+
+
+def make_step(spec: ModelSpec, dtype: torch.dtype, *, fused: bool) -> tuple[StepAttention, Tensor, list[Tensor]]:
+    """A mixed step with a token of padding, the tokens' positions, and its pools."""
+    capability = torch.cuda.get_device_capability() if DEVICE == "cuda" else (0, 0)
+    sizes = (spec.num_q_heads, spec.num_kv_heads, spec.head_dim, spec.scale)
+    shapes = [Shape(*sizes, dtype, DEVICE, capability, 16, window) for window in spec.windows]
+    backends = {phase: [Naive(phase, shape) for shape in shapes] for phase in (Phase.PREFILL, Phase.DECODE)}
+    generator = torch.Generator().manual_seed(0)
+    pools = [torch.randn(8, 16, 2, 16, generator=generator).to(DEVICE, dtype) for _ in range(4)]
+    batches = {
+        Phase.DECODE: (slice(0, 2), make_batch(DECODE, TABLE[:2], 8, DEVICE)),
+        Phase.PREFILL: (slice(2, 10), make_batch(PREFILL, TABLE[2:], 8, DEVICE)),
+    }
+    positions = [
+        (row, kv_len - q_len + i) for row, (q_len, kv_len) in enumerate(DECODE + PREFILL) for i in range(q_len)
+    ]
+    slots = torch.tensor([int(TABLE[row, at // 16]) * 16 + at % 16 for row, at in positions] + [-1], device=DEVICE)
+    attention = Attention(backends, [0, 1], fused=fused)
+    step = attention.begin_step(pools[:2], pools[2:], slots, batches)
+    return step, torch.tensor([at for _, at in positions] + [0], device=DEVICE), pools
+
+
+def all_fused(monkeypatch: pytest.MonkeyPatch, answer: bool) -> None:
+    for module in FUSABLE:
+        monkeypatch.setattr(f"tessera.model.layers.{module}.fused_on", lambda _: answer)
+    defaults = RMSNorm.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "fused", answer)
+
+
+def flags(model: nn.Module) -> set[bool]:
+    return {bool(module.fused) for module in model.modules() if hasattr(module, "fused")}
+
+
+@outside_interpreter
+def test_in_the_interpreter() -> None:
+    check_in_interpreter(__file__)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_fused_model_answers_and_stores_as_a_plain_one(
+    dtype: torch.dtype, qk_norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec(qk_norm=qk_norm)
+    token_ids = torch.arange(11, device=DEVICE) * 5
+    answers, pages = [], []
+    for is_fused in (False, True):
+        all_fused(monkeypatch, is_fused)
+        model = make_model(spec, dtype)
+        assert flags(model) == {is_fused}
+        step, positions, pools = make_step(spec, dtype, fused=is_fused)
+        answers.append(model(token_ids, positions, step)[:10])
+        pages.append(torch.stack(pools))
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+    torch.testing.assert_close(answers[1], answers[0], atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(pages[1], pages[0], atol=tolerance, rtol=tolerance)
+    assert (pages[1] != make_pages(spec, dtype)).any(-1).sum() == 2 * 2 * 10 * 2  # layers, k and v, tokens, heads
+
+
+def make_pages(spec: ModelSpec, dtype: torch.dtype) -> Tensor:
+    """What the pools hold before a step."""
+    return torch.stack(make_step(spec, dtype, fused=False)[2])
+
+
+@needs_kernels
+def test_only_silu_gates_are_fused() -> None:
+    placement = Placement(torch.float32, torch.device(DEVICE))
+    kinds = {
+        name: GatedMLP(8, 8, name, bias=False, placement=placement, fused=True).fused
+        for name in ("silu", "swish", "gelu")
+    }
+    assert kinds == {"silu": True, "swish": True, "gelu": False}
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_a_fused_layer_needs_attention_that_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    all_fused(monkeypatch, True)
+    model = make_model(make_spec(), torch.float32)
+    step, positions, _ = make_step(make_spec(), torch.float32, fused=False)
+    layer = model.get_submodule("layers.0.attention")
+    rotation = (positions[:, None, None].float().expand(-1, 1, 16),) * 2
+    with pytest.raises(RuntimeError, match="attention that is not fused"):
+        layer(torch.zeros(11, 48, device=DEVICE), rotation, step)
+
+
+def test_nothing_is_fused_on_a_cpu() -> None:
+    cpu = torch.device("cpu")
+    assert not fused.fused_on(cpu)
+    model = Llama(make_spec(), Placement(torch.float32, cpu))
+    assert flags(model) == {False}
+    shape = Shape(6, 2, 16, 0.25, torch.float32, "cpu", (0, 0), 16)
+    assert not Attention({Phase.DECODE: [Naive(Phase.DECODE, shape)]}, [0]).fused
+
+
+@pytest.mark.parametrize(
+    ("capability", "problem", "expected"),
+    [((7, 5), None, False), ((8, 0), None, True), ((9, 0), None, True), ((9, 0), "no C compiler", False)],
+)
+def test_cuda_is_fused_where_a_kernel_has_run(
+    capability: tuple[int, int], problem: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(fused, "launch_problem", lambda _: problem)
+    assert fused.fused_on(torch.device("cuda")) is expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton may run here")
+def test_a_kernel_that_cannot_run_is_a_warning_that_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    fused.launch_problem.cache_clear()
+    with caplog.at_level(logging.WARNING, "tessera"):
+        problem = fused.launch_problem(torch.device("cuda"))
+    assert problem and problem in caplog.text
+
+
+def test_a_norm_adds_before_it_norms() -> None:
+    norm = RMSNorm(16, 1e-5, Placement(torch.bfloat16, torch.device("cpu")))
+    norm.weight.normal_()
+    hidden, update = torch.randn(2, 3, 16).bfloat16()
+    total, normed = norm.add(hidden, update)
+    assert torch.equal(total, hidden + update)
+    assert torch.equal(normed, norm(total))
+
+
+@needs_cuda
+def test_layers_on_cuda_are_fused_by_themselves() -> None:
+    spec = make_spec(qk_norm=True)
+    assert flags(make_model(spec, torch.bfloat16)) == {True}
+    shape = Shape(6, 2, 16, 0.25, torch.bfloat16, "cuda", torch.cuda.get_device_capability(), 16)
+    assert Attention({Phase.DECODE: [Naive(Phase.DECODE, shape)]}, [0]).fused
