@@ -70,6 +70,15 @@ def compile_for_hopper(kernel: Any, kinds: dict[str, str], constants: dict[str, 
     return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
 
 
+def merges_what_others_wrote(ptx: str) -> bool:
+    """Whether a program arrives after all its threads have written, for the whole GPU to see, and reads past its L1.
+
+    The interpreter runs one program after the other and would not notice.
+    """
+    before, counter, after = ptx.partition("atom.global.gpu.acq_rel.add")
+    return bool(counter) and "bar.sync" in before[before.rindex("st.global") :] and "ld.global.cg" in after
+
+
 def ulps_apart(found: Tensor, expected: Tensor) -> int:
     """The most representable numbers between any pair: 0 for the same bits (or 0 and -0)."""
     assert found.dtype == expected.dtype and found.shape == expected.shape

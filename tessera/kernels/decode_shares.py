@@ -49,6 +49,7 @@ def share_evenly(num_seqs: int, num_splits: int, min_split: int, max_q_len: int 
 def share_by_length(num_seqs: int, num_programs: int, min_split: int, longest: int, max_q_len: int = 1) -> Shares:
     """All sequences, none of more than `longest` tokens, are cut into splits of one size for about `num_programs`.
 
+    Under a window `longest` is `find_share`'s LONGEST or more: of fewer programs some sequences would have none.
     Each sequence adds at most one split that is not full, half of one on average: so fewer full ones are aimed at, lest
     a last few programs begin when all others are over. It also bounds how many programs there can be.
     """

@@ -1,4 +1,4 @@
-"""Whether the fused kernels beside attention (norm, rotation, SwiGLU, sampling) serve a device."""
+"""Whether the fused kernels beside attention (heads into pages, SwiGLU, sampling) serve a device."""
 
 from __future__ import annotations
 

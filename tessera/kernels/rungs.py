@@ -79,6 +79,6 @@ def begin_rows(sink: tl.tensor, SINKS: tl.constexpr, BLOCK_M: tl.constexpr) -> t
     peak = tl.full([BLOCK_M], -1.0e30, tl.float32)  # not -inf: the difference of two would be NaN
     total = tl.zeros([BLOCK_M], tl.float32)
     if SINKS:
-        peak = tl.zeros([BLOCK_M], tl.float32) + tl.load(sink) * 1.4426950408889634
+        peak = tl.maximum(peak, tl.load(sink) * 1.4426950408889634)
         total += 1.0
     return peak, total

@@ -105,8 +105,9 @@ def _least_kept(
         few_1, few_2, few_3 = above_1 < target, above_2 < target, above_3 < target
         high = tl.where(few_1, pivot_1, tl.where(few_2, pivot_2, tl.where(few_3, pivot_3, high)))
         low = tl.where(few_1, low, tl.where(few_2, pivot_1, tl.where(few_3, pivot_2, pivot_3)))
-        step = (high - low) * 0.25
-        pivot_1, pivot_2, pivot_3 = low + step, low + 2.0 * step, low + 3.0 * step
+        # Middles, not steps from low: a quarter of few denormals is 0, and the search would never end.
+        pivot_2 = (low + high) * 0.5
+        pivot_1, pivot_3 = (low + pivot_2) * 0.5, (pivot_2 + high) * 0.5
     return most
 
 
@@ -158,7 +159,7 @@ def sample_kernel(
     min_p = tl.load(parameters + number * 5 + 3).to(tl.float32)
     draw = (tl.load(parameters + number * 5 + 4) * 4294967296.0).to(tl.int64)
     rate = 1.4426950408889634 / temperature
-    peak = tl.maximum(peak, -3.0e38)  # a row of nothing but -inf has no weight
+    peak = tl.maximum(peak, -3.4028234663852886e38)  # float32's lowest: a row of nothing but -inf has no weight
     floor = temperature * 0.0 - 1.0e30
     if (top_k > 0.0) & (top_k < size):
         floor = _least_kept(row, size, peak, rate, floor, min_p, top_k, False, BLOCK)
@@ -176,7 +177,7 @@ def sample(logits: Tensor, parameters: Tensor) -> Tensor:
                 top_p, 1 for all; min_p, 0 for all; draw, in [0, 1) and a multiple of 2^-32
     returns     [rows] int64
 
-    Tokens equal to the k-th are all kept. Weights below 2^-41 of the largest count as 0.
+    Tokens equal to the k-th are all kept. Weights below 2^-40 of the largest count as 0.
     """
     rows, size = logits.shape
     out = parameters.new_empty(rows, dtype=torch.int64)

@@ -47,7 +47,8 @@ class Sampler:
         wanting = [(row, s) for row, s in enumerate(sequences) if s.params.logprobs is not None]
         logprobs = logits[[row for row, _ in wanting]].log_softmax(-1) if wanting else None
         for row, sequence in enumerate(sequences):
-            self._adjust(logits[row], sequence)
+            if _is_adjusted(sequence):
+                self._adjust(logits[row], sequence)
         token_ids = self._choose(logits, sequences)
         if logprobs is None:
             return token_ids, {}
@@ -125,6 +126,12 @@ def _mix64(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
     return value ^ (value >> 31)
+
+
+def _is_adjusted(sequence: Sequence) -> bool:
+    """Whether a row is anything but the model's own: of most it is not, and even a look at each row takes time."""
+    params = sequence.params
+    return bool(params.has_penalties or params.logit_bias) or sequence.num_output_tokens < params.min_tokens
 
 
 def _penalise(row: Tensor, sequence: Sequence) -> None:

@@ -73,17 +73,28 @@ def test_rows_that_fill_more_than_a_tile_equal_the_oracle(dtype: torch.dtype, he
 
 @needs_kernels
 def test_one_plan_serves_any_lengths_and_any_fewer_drafts() -> None:
-    for window in (None, 50):
+    for window in (None, 150):
         shape = replace(make_shape(), window=window)
         longest = make_case(Phase.DECODE, Workload(((5, 300),) * 4, window=window), shape)
         decode = Decode(shape, options=FINE)
         plan = decode.plan(longest.batch)
+        assert plan.shares.balanced
         for lens in (((5, 300), (1, 1), (3, 64), (5, 0)), ((1, 5), (1, 300), (1, 0), (1, 0))):
             case = make_case(Phase.DECODE, Workload(lens, window=window), shape)
             decode.workspace.part_out.fill_(torch.nan)
             out = decode.run(replace(plan, batch=case.batch), case.q, case.k, case.v)
             assert case.problems(out) == []
         assert not decode.workspace.arrivals.any()
+
+
+@needs_kernels
+def test_every_sequence_has_its_programs_where_a_window_is_a_whole_number_of_splits() -> None:
+    """Three queries see 128 tokens, two splits; the four that they are rounded up to see 129, three."""
+    case = make_case(Phase.DECODE, Workload(((3, 300),) * 4, window=126), make_shape())
+    decode = Decode(case.shape, options=FINE)
+    plan = decode.plan(case.batch)
+    assert plan.shares.balanced
+    assert case.problems(decode.run(plan, case.q, case.k, case.v)) == []
 
 
 @needs_cuda

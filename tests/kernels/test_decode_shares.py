@@ -27,6 +27,7 @@ from triton_interpreter import (
     check_in_interpreter,
     compile_for_hopper,
     every_dtype,
+    merges_what_others_wrote,
     needs_compiler,
     needs_kernels,
     outside_interpreter,
@@ -203,3 +204,4 @@ def test_it_compiles_for_hopper_into_asynchronous_copies_and_products(max_q_len:
     ptx = compile_for_hopper(paged_decode_kernel, kinds, compiled, num_warps)
     assert "cp.async" in ptx
     assert "mma" in ptx
+    assert merges_what_others_wrote(ptx)

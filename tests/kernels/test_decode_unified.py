@@ -25,6 +25,7 @@ from triton_interpreter import (
     check_in_interpreter,
     compile_for_hopper,
     every_dtype,
+    merges_what_others_wrote,
     needs_compiler,
     needs_kernels,
     outside_interpreter,
@@ -164,6 +165,7 @@ def test_it_compiles_for_hopper_into_asynchronous_copies_and_products() -> None:
     ptx = compile_for_hopper(unified_decode_kernel, kinds, compiled, num_warps)
     assert "cp.async" in ptx
     assert "mma" in ptx
+    assert merges_what_others_wrote(ptx)
 
 
 def test_the_rungs_have_their_names_and_are_left_to_be_named() -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tessera.attention.backends.triton import uses_hopper_kernel
+from tessera.attention.backends.triton import WORTH_HOPPER, Triton, TritonPlan, uses_hopper_kernel
 from tessera.attention.contract import Phase, Shape
+from tessera.attention.workloads import make_batch
 
 pytest.importorskip("triton", reason="triton is not installed")
 import triton
@@ -20,6 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16
 
 from tessera.kernels import hopper_prefill
+from tessera.kernels.packed import head_parts
 
 POINTERS = {"q": "*bf16", "out": "*bf16", "sinks": "*fp32"} | dict.fromkeys(
     ("page_table", "cu_q_lens", "kv_lens", "tiles"), "*i32"
@@ -31,7 +33,9 @@ SHAPE = Shape(32, 8, 128, 128**-0.5, torch.bfloat16, "cuda", (9, 0), 16, shared_
     ("head_dim", "page_size", "options"),
     [
         (128, 16, {}),
-        (64, 128, {"WINDOW": 128, "SOFT_CAP": True, "SINKS": True}),
+        (256, 128, {"WINDOW": 128, "SOFT_CAP": True, "SINKS": True}),
+        (64, 0, {"CAUSAL": False}),
+        (72, 0, {"CAUSAL": False}),
     ],
 )
 def test_it_compiles_into_asynchronous_products_and_copies(
@@ -44,46 +48,71 @@ def test_it_compiles_into_asynchronous_products_and_copies(
 
 
 @pytest.mark.parametrize(
-    ("changes", "used"),
+    ("changes", "prefill", "vision"),
     [
-        ({}, True),
-        ({"head_dim": 80}, False),
-        ({"head_dim": 64}, False),
-        ({"page_size": 8}, False),
-        ({"dtype": torch.float32}, False),
-        ({"capability": (8, 0)}, False),
-        ({"capability": (10, 0)}, False),
+        ({}, True, False),
+        ({"head_dim": 80}, False, True),
+        ({"head_dim": 72}, False, True),
+        ({"head_dim": 64}, False, True),
+        ({"head_dim": 256}, True, False),
+        ({"page_size": 8}, False, False),
+        ({"dtype": torch.float32}, False, False),
+        ({"capability": (8, 0)}, False, False),
+        ({"capability": (10, 0)}, False, False),
+        ({"head_dim": 80, "capability": (8, 0)}, False, False),
     ],
 )
-def test_it_is_used_where_it_can_run_only(changes: dict[str, Any], used: bool) -> None:
+def test_it_is_used_where_it_can_run_only(changes: dict[str, Any], prefill: bool, vision: bool) -> None:
     shape = Shape(**(SHAPE.__dict__ | changes))
-    assert uses_hopper_kernel(Phase.PREFILL, shape) is used
+    assert uses_hopper_kernel(Phase.PREFILL, shape) is prefill
+    assert uses_hopper_kernel(Phase.VISION, shape) is vision
     assert not uses_hopper_kernel(Phase.DECODE, shape)
+
+
+@pytest.mark.parametrize(("length", "worth"), [(1024, False), (4096, True)])
+def test_packed_batches_go_to_it_from_some_size_on(length: int, worth: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(16, 16, 80, 80**-0.5, torch.bfloat16, "cuda", (9, 0), None, causal=False, shared_memory=227 << 10)
+    monkeypatch.setattr("tessera.attention.backends.triton.device_resources", lambda _: (132, 227 << 10))
+    assert (4 * length**2 * 16 * 80 >= WORTH_HOPPER) is worth
+    batch = make_batch(((length, length),), torch.zeros(1, 0, dtype=torch.int32), 0, "cpu")
+    plan = Triton(Phase.VISION, shape).plan(batch)
+    assert isinstance(plan, TritonPlan)
+    assert plan.max_programs == (132 if worth else 0)
+    assert len(plan.tiles) == -(-length // 128)
+    for kernel in ("hopper_prefill_kernel", "packed_kernel"):
+        assert re.search(Triton.claim(Phase.VISION, shape).must[0], kernel)
 
 
 def _compile(head_dim: int, page_size: int, options: dict[str, Any]) -> str:
     """PTX for sm_90."""
-    tokens = hopper_prefill.block_n(head_dim)
-    box = min(page_size, tokens)
+    chosen = hopper_prefill.hopper_options(head_dim)
+    main, tail = head_parts(head_dim)
+    box = min(page_size or chosen.block_n, chosen.block_n)
     constants: dict[str, Any] = {
         "Q_HEAD_STRIDE": head_dim,
         "HEADS": 8,
         "GROUP": 4,
         "HEAD_DIM": head_dim,
+        "MAIN": main,
+        "TAIL": tail,
         "PAGE_SIZE": page_size,
         "BOX": box,
         "BLOCK_M": hopper_prefill.BLOCK_M,
-        "BLOCK_N": tokens,
+        "BLOCK_N": chosen.block_n,
         "STAGES": hopper_prefill.STAGES,
         "CAUSAL": True,
         "WINDOW": 0,
         "SOFT_CAP": False,
         "SINKS": False,
+        "EARLY": chosen.early,
+        "TAKE_TURNS": chosen.take_turns,
+        "WARPGROUPS": chosen.warpgroups,
     } | options
     kernel = hopper_prefill.hopper_prefill_kernel
-    layout = NVMMASharedLayout.get_default_for([box, head_dim], bfloat16)
     kinds = POINTERS | dict.fromkeys(("scale_log2", "cap_log2"), "fp32") | dict.fromkeys(constants, "constexpr")
-    kinds |= dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16[{box}, {head_dim}],{layout!r}>")
+    for name, width in (("desc", main), ("tail_desc", tail or main)):
+        layout = NVMMASharedLayout.get_default_for([box, width], bfloat16)
+        kinds |= dict.fromkeys((f"k_{name}", f"v_{name}"), f"tensordesc<bf16[{box}, {width}],{layout!r}>")
     names = kernel.arg_names
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("q", "out", "q_stride", "out_stride")}
     values = {(names.index(name),): value for name, value in constants.items()}

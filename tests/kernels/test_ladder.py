@@ -108,6 +108,15 @@ def _poisoned(pool: Tensor, live: Tensor) -> Tensor:
 
 
 @needs_kernels
+@pytest.mark.parametrize("rung", [TritonTwoPass, TritonFa1], ids=lambda rung: rung.name)
+def test_a_sink_of_no_weight_is_none_where_a_tile_of_keys_is_hidden(rung: type[AttentionBackend[Any]]) -> None:
+    case = make_case(Phase.PREFILL, Workload(((70, 90),), window=20, sinks=True), make_shape())
+    assert case.sinks is not None
+    case.sinks.fill_(-torch.inf)
+    assert case.problems(case.answer(rung)) == []
+
+
+@needs_kernels
 def test_what_fa1_left_in_its_state_does_not_matter() -> None:
     case = make_case(Phase.PREFILL, MIXED[Phase.PREFILL], make_shape())
     bound = TritonFa1(Phase.PREFILL, case.shape)

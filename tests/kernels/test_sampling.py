@@ -142,6 +142,21 @@ def test_equal_logits_are_all_kept(params: dict[str, float]) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, torch.finfo(torch.float32).max, 0.0])
+def test_equal_logits_are_equally_likely_however_low_or_high(value: float) -> None:
+    assert (draw_evenly(torch.full((8,), value), 16) == 2).all()
+
+
+@needs_kernels
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("params", [{"top_k": 2}, {"top_p": 1e-30}], ids=str)
+def test_a_search_among_the_smallest_numbers_ends(params: dict[str, float]) -> None:
+    least = 2.0**-149
+    found = draw_evenly(torch.tensor([0.0, 3 * least, least, 2 * least]), 8, **params)
+    assert found.tolist() == ([0, 4, 0, 4] if "top_k" in params else [0, 8, 0, 0])
+
+
+@needs_kernels
 def test_greedy_takes_the_lowest_id_of_equal_logits() -> None:
     logits = torch.zeros(4, 2 * BLOCK + 5)
     logits[0, [7, 300, BLOCK + 7]] = 4.0

@@ -33,6 +33,8 @@ PREFILL, DECODE = ((5, 5), (3, 19)), ((1, 7), (1, 33))
 TABLE = torch.tensor([[3, 0, 0], [5, 1, 0], [7, 0, 0], [2, 4, 6]], dtype=torch.int32)
 FUSABLE = ("mlp", "attention")
 """Modules of layers that ask `fused_on`."""
+ASKED = {("Attention", True), ("GatedMLP", True), ("RMSNorm", False)}
+"""Layers as they are made where kernels run."""
 
 
 def make_spec(*, qk_norm: bool = False) -> ModelSpec:
@@ -98,6 +100,11 @@ def all_fused(monkeypatch: pytest.MonkeyPatch, answer: bool) -> None:
 
 def flags(model: nn.Module) -> set[bool]:
     return {bool(module.fused) for module in model.modules() if hasattr(module, "fused")}
+
+
+def fused_kinds(model: nn.Module) -> set[tuple[str, bool]]:
+    """Of each kind of layer that can be fused, whether it is."""
+    return {(type(module).__name__, bool(module.fused)) for module in model.modules() if hasattr(module, "fused")}
 
 
 @outside_interpreter
@@ -191,9 +198,16 @@ def test_a_norm_adds_before_it_norms() -> None:
     assert torch.equal(normed, norm(total))
 
 
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_what_asks_is_fused_and_norms_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in FUSABLE:
+        monkeypatch.setattr(f"tessera.model.layers.{module}.fused_on", lambda _: True)
+    assert fused_kinds(make_model(make_spec(qk_norm=True), torch.float32)) == ASKED
+
+
 @needs_cuda
 def test_layers_on_cuda_are_fused_by_themselves() -> None:
     spec = make_spec(qk_norm=True)
-    assert flags(make_model(spec, torch.bfloat16)) == {True}
+    assert fused_kinds(make_model(spec, torch.bfloat16)) == ASKED
     shape = Shape(6, 2, 16, 0.25, torch.bfloat16, "cuda", torch.cuda.get_device_capability(), 16)
     assert Attention({Phase.DECODE: [Naive(Phase.DECODE, shape)]}, [0]).fused

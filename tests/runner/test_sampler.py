@@ -154,6 +154,16 @@ def test_end_tokens_wait_for_min_tokens() -> None:
     assert sample(logits, sequence(temperature=0, min_tokens=1, ignore_eos=True)) == [EOS]
 
 
+def test_rows_that_ask_for_no_change_are_not_looked_at_one_by_one() -> None:
+    def num_selects(*sequences: Sequence) -> int:
+        with torch.profiler.profile() as profiler:
+            sample(random_logits(4), *sequences)
+        return sum(event.name == "aten::select" for event in profiler.events())
+
+    plain, asking = sequence(temperature=0), sequence(temperature=0, logit_bias={5: 1.0})
+    assert (num_selects(*[plain] * 4), num_selects(plain, plain, plain, asking)) == (0, 1)
+
+
 def test_logprobs_are_the_models_own_and_agree_with_themselves() -> None:
     logits = random_logits(2)
     asked = sequence(temperature=0.5, logprobs=4, presence_penalty=2.0, output=(int(logits[0].argmax()),))

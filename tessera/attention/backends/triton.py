@@ -7,7 +7,7 @@ on a CPU too, slowly, to be tested.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -26,9 +26,12 @@ from tessera.kernels.scores import Scores
 
 KERNELS = {Phase.PREFILL: "paged_prefill_kernel", Phase.DECODE: "paged_decode_kernel", Phase.VISION: "packed_kernel"}
 HOPPER_KERNEL = "hopper_prefill_kernel"
-LONG_TILE = 4096
-"""Keys that a tile of queries sees on average from which on every tile has a program of its own: where tiles take long
-the hardware evens out what they take, where they are short it pays to begin the next before one is over."""
+LONG_TILE = 8192
+"""Keys of a prompt from which on every tile has a program of its own: where tiles take long the hardware evens out what
+they take, where they are short it pays to begin the next before one is over."""
+WORTH_HOPPER = 3e10
+"""Operations of a packed batch from which on the Hopper kernel serves it: a tenth of a millisecond at most, less than
+which its launch takes the host longer than `packed_kernel` takes the device."""
 
 _PREFILL = Limits(
     # The interpreter of triton 3.9 multiplies bfloat16 wrongly.
@@ -47,12 +50,18 @@ _PREFILL = Limits(
 )
 
 
+_VISION = replace(_PREFILL, batch_invariant=("cpu",))  # on a Hopper GPU the size of a batch decides which kernel serves
+
+
 def uses_hopper_kernel(phase: Phase, shape: Shape) -> bool:
-    """Whether a shape's prompts are served by `hopper_prefill.py`: by the shape alone, as `choose_options`."""
-    # Smaller heads it can serve too, but its launch takes the host longer than most of their prompts take the device.
-    fits = shape.head_dim in (128, 256) and shape.page_size in (16, 32, 64, 128, 256)
+    """Whether `hopper_prefill.py` serves a shape: all its prompts, and packed batches that are `WORTH_HOPPER`."""
+    if phase is Phase.PREFILL:
+        # Smaller heads it can serve too, but its launch takes the host longer than most of their prompts the device.
+        fits = shape.head_dim in (128, 256) and shape.page_size in (16, 32, 64, 128, 256)
+    else:
+        fits = phase is Phase.VISION and shape.head_dim in (64, 72, 80)
     half = shape.dtype in (torch.bfloat16, torch.float16)
-    if phase is not Phase.PREFILL or shape.capability[0] != 9 or not (fits and half):
+    if shape.capability[0] != 9 or not (fits and half):
         return False
     return import_error("tessera.kernels.hopper_prefill") is None  # Gluon is new, and moves with Triton's versions
 
@@ -65,7 +74,7 @@ class TritonPlan:
     tiles: Tensor
     """[n, 2] int32: (sequence, tile of its rows), longest first."""
     max_programs: int = 0
-    """Of the Hopper kernel."""
+    """Of the Hopper kernel; 0: another serves."""
 
 
 class Triton(AttentionBackend[TritonPlan | DecodePlan]):
@@ -78,7 +87,7 @@ class Triton(AttentionBackend[TritonPlan | DecodePlan]):
     limits: ClassVar[dict[Phase, Limits]] = {
         Phase.PREFILL: _PREFILL,
         Phase.DECODE: DECODE_LIMITS,
-        Phase.VISION: _PREFILL,
+        Phase.VISION: _VISION,
     }
 
     @classmethod
@@ -86,7 +95,9 @@ class Triton(AttentionBackend[TritonPlan | DecodePlan]):
         """The kernel of the phase, and nobody else's attention."""
         if shape.device_type == "cpu":
             return Claim(must=("triton_interpreted",))
-        kernel = HOPPER_KERNEL if uses_hopper_kernel(phase, shape) else KERNELS[phase]
+        kernel = KERNELS[phase]
+        if uses_hopper_kernel(phase, shape):
+            kernel = HOPPER_KERNEL if phase is Phase.PREFILL else f"({HOPPER_KERNEL}|{kernel})"
         return Claim(must=(f"^{kernel}",), must_not=("(?i)pytorch_flash|cudnn|fmha|flash_fwd",))
 
     def __init__(self, phase: Phase, shape: Shape) -> None:
@@ -100,13 +111,20 @@ class Triton(AttentionBackend[TritonPlan | DecodePlan]):
         """List the tiles, or in DECODE choose the splits, from the number of sequences and `max_kv_len` alone."""
         if self._decode is not None:
             return self._decode.plan(batch)
-        if not self._hopper:
+        if not (self._hopper and self._is_worth_hopper(batch)):
             return TritonPlan(batch, self._list_tiles(batch, self._options.block_m))
-        from tessera.kernels.hopper_prefill import ROWS
+        from tessera.kernels.hopper_prefill import hopper_options
 
-        tiles = self._list_tiles(batch, ROWS)
-        long = sum(batch.kv_lens_cpu) >= LONG_TILE * len(batch.kv_lens_cpu)
-        return TritonPlan(batch, tiles, max_programs=len(tiles) * self.shape.num_kv_heads if long else self._sms)
+        tiles = self._list_tiles(batch, hopper_options(self.shape.head_dim).rows)
+        long = self.shape.causal and sum(batch.kv_lens_cpu) >= LONG_TILE * len(batch.kv_lens_cpu)
+        programs = max(1, len(tiles) * self.shape.num_kv_heads) if long else self._sms
+        return TritonPlan(batch, tiles, max_programs=programs)
+
+    def _is_worth_hopper(self, batch: Batch) -> bool:
+        if self.phase is Phase.PREFILL:
+            return True
+        products = sum(q_len * kv_len for q_len, kv_len in zip(batch.q_lens_cpu, batch.kv_lens_cpu))
+        return 4 * products * self.shape.num_q_heads * self.shape.head_dim >= WORTH_HOPPER
 
     def run(
         self, plan: TritonPlan | DecodePlan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
@@ -127,13 +145,15 @@ class Triton(AttentionBackend[TritonPlan | DecodePlan]):
 
         shape, batch, options = self.shape, plan.batch, self._options.arguments()
         scores = Scores(shape.scale, shape.window, shape.soft_cap)
+        if plan.max_programs:
+            from tessera.kernels.hopper_prefill import hopper_prefill
+
+            pages, causal = (None, False) if self.phase is Phase.VISION else (batch.page_table, shape.causal)
+            lens = (batch.cu_q_lens, batch.kv_lens)
+            return hopper_prefill(q, k, v, sinks, *lens, pages, plan.tiles, causal, scores, plan.max_programs)
         if self.phase is Phase.VISION:
             return packed_attention(q, k, v, sinks, batch.cu_q_lens, plan.tiles, scores, options)
         where = (batch.cu_q_lens, batch.kv_lens, batch.page_table, plan.tiles)
-        if self._hopper:
-            from tessera.kernels.hopper_prefill import hopper_prefill
-
-            return hopper_prefill(q, k, v, sinks, *where, shape.causal, scores, plan.max_programs)
         return paged_prefill(q, k, v, sinks, *where, shape.causal, scores, options)
 
     def _list_tiles(self, batch: Batch, block: int) -> Tensor:

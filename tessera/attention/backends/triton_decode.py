@@ -115,7 +115,9 @@ class Decode:
 
         rows, tiles = tile_rows(self.shape.group, max_q_len, self.shape.dtype)
         columns, room = self.shape.num_kv_heads * tiles, self.workspace.num_parts(rows)
-        longest = min(max_kv_len, self.shape.window + max_q_len - 1 if self.shape.window else max_kv_len)
+        # The kernel rounds queries up to a power of two, and sees a window longer for it.
+        queries = 1 << (max_q_len - 1).bit_length()
+        longest = min(max_kv_len, self.shape.window + queries - 1 if self.shape.window else max_kv_len)
         most = -(-longest // options.min_split)
         balanced = options.balanced_per_sm > 0 if self._balanced is None else self._balanced
         if self._split and balanced and most > 1 and 1 < num_seqs <= MOST_BALANCED and 2 * columns <= room:
