@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tessera.attention.contract import AttentionBackend, Batch, Phase
+from tessera.attention.contract import AttentionBackend, Batch, Phase, Shape
 from tessera.kernels.fused import fused_on
 from tessera.kernels.pages import write_pages
 from tessera.kernels.turn import Turn
@@ -85,6 +85,19 @@ class Attention:
     def buckets(self, phase: Phase) -> list[Bucket]:
         """The sizes of step that are told apart in a phase; [] where all are served alike."""
         return list(self._buckets.get(phase, {}))
+
+    def layer_shapes(self, phase: Phase) -> list[Shape]:
+        """What each layer asks in a phase."""
+        return [self._backends[phase][group].shape for group in self._layer_groups]
+
+    def watched(self, phase: Phase, watch: Callable[[AttentionBackend[Any]], AttentionBackend[Any]]) -> Attention:
+        """The same attention with each backend of a phase replaced by what `watch` makes of it."""
+        backends = self._backends | {phase: tuple(watch(backend) for backend in self._backends[phase])}
+        buckets = {
+            of: {size: tuple(watch(each) if of is phase else each for each in bound) for size, bound in sizes.items()}
+            for of, sizes in self._buckets.items()
+        }
+        return Attention(backends, self._layer_groups, buckets, fused=self.fused)
 
     def num_layers(self, group: int) -> int:
         """How many layers are in a group."""

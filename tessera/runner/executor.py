@@ -26,6 +26,7 @@ from tessera.model.registry import load_model, num_weight_bytes
 from tessera.model.source import ModelSource
 from tessera.model.spec import ModelSpec
 from tessera.runner import memory
+from tessera.runner.calibrate import calibrate
 from tessera.runner.device import capability, device_name, shared_memory
 from tessera.runner.prove import StepLimits, prove_steps
 from tessera.runner.runner import Runner
@@ -76,14 +77,17 @@ class Executor:
         num_pages, max_model_len = self._num_pages(usable, page_size)
         k_pages, v_pages = self._allocate(num_pages, page_size, self._spec.num_layers)
         self._runner = Runner(model, attention, k_pages, v_pages, self._device)
+        limits = StepLimits(
+            max_num_seqs=self._config.scheduler.max_num_seqs,
+            max_num_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            num_pages=num_pages,
+            page_size=page_size,
+        )
+        if found := calibrate(model, attention, (k_pages, v_pages), limits, self._device):
+            said = f"unified maximum {found.phi:.2f}, which suits {found.model.safe_share:.2%} of rows"
+            choices = [replace(c, reason=f"{c.reason}; {said}") if c.phase == Phase.DECODE else c for c in choices]
         if self._config.attention.prove_attention:
-            limits = StepLimits(
-                max_num_seqs=self._config.scheduler.max_num_seqs,
-                max_num_tokens=max_num_batched_tokens,
-                max_model_len=max_model_len,
-                num_pages=num_pages,
-                page_size=page_size,
-            )
             proofs = prove_steps(attention, self._runner, limits, device_name(self._device))
             choices = [replace(choice, proofs=proofs[choice.phase]) for choice in choices]
         return Capacity(num_pages, page_size, max_model_len, choices, load_seconds)

@@ -21,7 +21,7 @@ INTERRUPTED = 130
 """Exit code of what Ctrl-C ended."""
 GRACE_SECONDS = 20.0
 """For a benchmark to end its own processes after Ctrl-C, which a terminal sends to it too."""
-USUAL_SECONDS = {"kernels": 10, "offline": 40, "online": 60, "api": 60, "ttft": 20, "quality": 30}
+USUAL_SECONDS = {"kernels": 29, "offline": 78, "online": 60, "api": 17, "ttft": 15, "quality": 31}
 """Of each benchmark relative to the others, for the time that is left."""
 
 

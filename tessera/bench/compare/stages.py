@@ -17,7 +17,7 @@ _SETTINGS: dict[tuple[str, str], dict[str, str]] = {
     ("quick", "cpu"): {
         "kernels": "--workloads q128,8q1s512 --phases prefill,decode --repeats 5",
         "offline": "--num-prompts 8 --input-len 64 --output-len 12 --repeats 3",
-        "online": "--scales 0.5,1 --rate 4 --num-requests 8 --input-len 64 --output-len 8 --repeats 1 --num-warmup 2",
+        "online": "--scales 0.5,1 --rate 6 --num-requests 8 --input-len 64 --output-len 8 --repeats 1 --num-warmup 2",
         "api": "--concurrency 1,4 --input-lens 45 --output-len 8 --repeats 1",
         "ttft": "--prompt-lens 64,256 --requests 3 --repeats 1",
         "quality": "--prompts 2 --tokens 8 --windows 2 --window 128",
