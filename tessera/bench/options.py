@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
+from tessera.bench.places import check_ending
 from tessera.config import Ranges
 from tessera.errors import ConfigError
 
@@ -32,8 +33,7 @@ class RunOptions:
     def out_path(self, kind: str) -> Path:
         """The file for the rows of a benchmark of this kind; ConfigError for a name that is no .jsonl file."""
         path = Path(self.out) if self.out is not None else Path("results") / f"{kind}.jsonl"
-        if path.suffix != ".jsonl":
-            raise ConfigError(f"--out {path} does not end in .jsonl", f"use --out {path.with_suffix('.jsonl')}")
+        check_ending("--out", path, ".jsonl")
         return path
 
 

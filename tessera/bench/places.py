@@ -8,6 +8,15 @@ from pathlib import Path
 from tessera.errors import ConfigError
 
 
+def check_ending(flag: str, path: Path, *suffixes: str) -> None:
+    """Raise ConfigError, naming the flag, for a name that ends in none of `suffixes`; the first is what is offered."""
+    if path.suffix in suffixes:
+        return
+    known = f"ends in neither {' nor '.join(suffixes)}" if len(suffixes) > 1 else f"does not end in {suffixes[0]}"
+    offered = path.with_suffix(suffixes[0]) if path.name not in ("", ".", "..") else path / f"rows{suffixes[0]}"
+    raise ConfigError(f"{flag} {path} {known}", f"use {flag} {offered}")
+
+
 def check_file(flag: str, path: Path) -> None:
     """Raise ConfigError, naming the flag and the reason, where a file cannot be written; nothing is left behind."""
     if path.is_dir():

@@ -86,9 +86,11 @@ def provenance(command: str | None = None) -> Provenance:
 
 
 def command_line() -> str:
-    """How this process was called, as a user would type it."""
+    """How this process was called, as a user would type it, with what decides in the environment what runs."""
     program = Path(sys.argv[0]).name
-    return shlex.join(["tessera" if program in ("tessera", "cli.py", "__main__.py") else program, *sys.argv[1:]])
+    words = ["tessera" if program in ("tessera", "cli.py", "__main__.py") else program, *sys.argv[1:]]
+    interpreted = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
+    return interpreted + shlex.join(words)
 
 
 @cache

@@ -19,7 +19,7 @@ import msgspec
 
 from tessera.commands.flags import Parser
 from tessera.commands.table import render
-from tessera.errors import BackendError
+from tessera.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
     from tessera.attention.contract import AttentionBackend
@@ -62,6 +62,10 @@ def run(args: argparse.Namespace) -> int:
     except BackendError as error:  # its module does not import
         return _refuse(Unavailable(args.name, device, [error.message], error.hint, {}), as_json=args.json)
     phases = [phase for phase in Phase if phase in args.phase] if args.phase else None
+    if missing := [phase for phase in phases or () if phase not in backend.limits]:
+        raise ConfigError(
+            f"{args.name} has no {' and no '.join(missing)} kernel", f"use --phase {' --phase '.join(backend.limits)}"
+        )
     dtypes = [getattr(torch, name) for name in DTYPES if name in args.dtype] if args.dtype else None
     on_check = _reporter(as_json=args.json)
     report = verify(backend, phases=phases, dtypes=dtypes, device_type=device, on_check=on_check)

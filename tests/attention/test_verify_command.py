@@ -95,6 +95,11 @@ def test_a_library_for_another_device_is_offered_for_installation_there(capsys: 
     assert code == 3 and line["summary"]["hint"].endswith("on a machine with cuda")
 
 
+def test_a_phase_that_it_does_not_serve_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", "triton:fa1", "--phase", "decode"]) == 2
+    assert capsys.readouterr().err.strip().startswith("error: triton:fa1 has no decode kernel\n\nhint: use --phase")
+
+
 def test_auto_is_no_backend_to_verify(capsys: pytest.CaptureFixture[str]) -> None:
     code, lines, err = run(capsys, "auto")
     assert (code, lines) == (2, []) and "auto is no attention backend" in err

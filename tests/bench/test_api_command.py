@@ -26,6 +26,7 @@ BAD = {
     "--request-timeout=0": ("request_timeout must be a number from 0.01", "--request-timeout"),
     "--repeats=0": ("repeats must be a whole number from 1", "--repeats"),
     "--markdown=x.txt": ("--markdown x.txt does not end in .md", "--markdown x.md"),
+    "--markdown=/": ("--markdown / does not end in .md", "--markdown /rows.md"),
     "--markdown=/proc/none/x.md": ("--markdown /proc/none/x.md cannot be written: ", "name a place"),
     "--results=/proc/none/x.json": ("--results /proc/none/x.json cannot be written: ", "name a place"),
     "--out=/proc/none/x.jsonl": ("--out /proc/none/x.jsonl cannot be written: ", "name a place"),

@@ -72,6 +72,8 @@ def test_a_model_with_too_small_a_vocabulary_or_context_is_refused() -> None:
         ("--peer hf --peer-option vllm:x=4", "does not take part"),
         ("--peer hf --peer-option hf:dtype=float32", "change the comparison"),
         ("--out rows.json", "does not end in .jsonl"),
+        ("--out /", "--out / does not end in .jsonl"),
+        ("--out ..", "does not end in .jsonl"),
         ("--backends none_such", "none_such"),
         ("--attention naive", "decided by this benchmark"),
         ("--tokenizer x", "decided by this benchmark"),

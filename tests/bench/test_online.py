@@ -141,6 +141,7 @@ def test_our_own_server_is_measured_by_chats(server: ServerProcess) -> None:
     assert [row.status for row in rows] == ["ok"] * 2, rows[0].reason
     assert all(0 < len(row.samples["itl_ms"]) <= 4 * 4 and "spread" not in row.subject.note for row in rows)
     assert all(row.metrics["output_tok_s"] == pytest.approx(4 * 5 / row.metrics["seconds"]) for row in rows)
+    assert not any("prefix cache was warm" in row.subject.note for row in rows), "the template is the same in all"
 
 
 def test_a_request_that_takes_too_long_is_a_failure(tmp_path: Path, fake: Fake) -> None:

@@ -110,6 +110,10 @@ def test_a_label_in_two_types_is_two_subjects() -> None:
             "changes that are not committed",
         ),
         (lambda each: replace(each, conditions=replace(each.conditions, cache="not recorded")), "was not recorded"),
+        (
+            lambda each: replace(each, subject=subject("triton", symbols={"triton": "triton_interpreted::fa1_kernel"})),
+            "triton ran in Triton's interpreter: those times say nothing of a GPU.",
+        ),
         (lambda each: replace(each, conditions=replace(each.conditions, warmup="none")), "had no warm-up"),
         (
             lambda each: replace(each, metrics=each.metrics | {"cached_prompt_share": 0.4}),

@@ -119,6 +119,8 @@ def test_a_server_that_dies_is_a_failed_row_and_is_cleared_away(small: tuple[str
     fake.record("quick")
     assert [row.status for row in rows] == ["failed", "failed", "ok", "ok"]
     assert "does not answer" in rows[0].reason or "did not answer" in rows[0].reason
+    assert "has ended, with exit code -9" in rows[0].reason or "see its own log" in rows[0].reason
+    assert "/v1, once" not in rows[0].reason, "it is no address that somebody gave"
     assert len(processes) > 1 and not psutil.wait_procs(processes, timeout=15)[1]
 
 

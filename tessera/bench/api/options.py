@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from tessera.bench.options import numbers
+from tessera.bench.places import check_ending
 from tessera.config import Ranges
 from tessera.errors import ConfigError
 
@@ -67,16 +68,14 @@ class ApiOptions:
     def markdown_path(self, out: Path) -> Path:
         """Where the Markdown goes; ConfigError for a name that is no .md file."""
         path = Path(self.markdown) if self.markdown is not None else out.with_suffix(".md")
-        if path.suffix != ".md":
-            raise ConfigError(f"--markdown {path} does not end in .md", f"use --markdown {path.with_suffix('.md')}")
+        check_ending("--markdown", path, ".md")
         return path
 
     def results_path(self) -> Path | None:
         """Where the figures go, if anywhere; ConfigError for a name that is neither .json nor .yaml."""
         path = Path(self.results) if self.results is not None else None
-        if path is not None and path.suffix not in (".json", ".yaml", ".yml"):
-            hint = f"use --results {path.with_suffix('.json')}"
-            raise ConfigError(f"--results {path} ends in neither .json nor .yaml", hint)
+        if path is not None:
+            check_ending("--results", path, ".json", ".yaml", ".yml")
         return path
 
 

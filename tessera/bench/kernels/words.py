@@ -43,7 +43,7 @@ def kernel_name(symbol: str) -> str:
         inner = re.findall(r"(\w*(?:Attn|Flash|Fwd|Kernel)\w*)<", plain.partition("device_kernel<")[2])
         plain = next(iter(inner), plain)
     plain = re.split(r"[<(]", plain)[0]
-    name = plain if plain.startswith("aten::") else plain.rpartition("::")[2]
+    name = plain if plain.startswith(("aten::", "triton_interpreted::")) else plain.rpartition("::")[2]
     return name if len(name) <= 48 else f"{name[:22]}..{name[-24:]}"
 
 

@@ -16,6 +16,7 @@ MAX_DRIFT = 0.05
 def caveats(rows: Rows) -> list[str]:
     """Sentences, the gravest first; [] where there is nothing to say."""
     return [
+        *_interpreted(rows),
         *_places(rows),
         *_code(rows),
         *_client(rows),
@@ -25,6 +26,13 @@ def caveats(rows: Rows) -> list[str]:
         *_caches(rows),
         *_subjects(rows),
     ]
+
+
+def _interpreted(rows: Rows) -> Iterator[str]:
+    proofs = [(row.subject.label, proof) for row in rows.records for proof in row.subject.proofs]
+    labels = {label for label, proof in proofs if any("triton_interpreted" in use.name for use in proof.symbols)}
+    if labels:
+        yield f"{', '.join(sorted(labels))} ran in Triton's interpreter: those times say nothing of a GPU."
 
 
 def _places(rows: Rows) -> Iterator[str]:

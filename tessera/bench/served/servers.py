@@ -240,6 +240,12 @@ class ServerProcess(Server):
             self.lines.append(line)
             self._news.put(line)
 
+    def _hint(self, path: str, error: BaseException) -> str:
+        """What became of it, where it has ended."""
+        if (code := self.process.poll()) is not None:
+            return f"the server that was started for this has ended, with exit code {code}"
+        return super()._hint(path, error)
+
     def _wait_for_url(self, seconds: float) -> str:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

@@ -9,6 +9,7 @@ measured to do in the same run. Exit code 0: every backend that can run here did
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -68,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if options.preset in ("decode", "prefill", "vit") and device.type == "cpu":
         sys.stderr.write(f"--preset {options.preset} on a CPU: smaller sizes than on a GPU, named as they are\n")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.stderr.write("TRITON_INTERPRET=1: our own kernels run in Triton's interpreter, their times say nothing\n")
     rows: list[Record] = run_benchmark(benchmark, path, resume=options.resume)
     if args.json:
         _print_json(rows, benchmark.profiles)
