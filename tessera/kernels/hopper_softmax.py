@@ -31,7 +31,7 @@ def begin_softmax(
     peak = gl.full([BLOCK_M], -1.0e30, gl.float32, layout)  # not -inf: the difference of two would be NaN
     total = gl.zeros([BLOCK_M], gl.float32, layout)
     if SINKS:
-        peak = gl.load(sinks + head) * 1.4426950408889634
+        peak = gl.maximum(peak, gl.load(sinks + head) * 1.4426950408889634)  # one of -inf has no weight
         total += 1.0
     return peak, total
 

@@ -194,7 +194,7 @@ def attend_queries(
     peak = tl.full([BLOCK_M], -1.0e30, tl.float32)  # not -inf: the difference of two would be NaN
     total = tl.zeros([BLOCK_M], tl.float32)
     if SINKS:
-        peak = tl.load(sinks + head) * 1.4426950408889634
+        peak = tl.maximum(peak, tl.load(sinks + head) * 1.4426950408889634)  # one of -inf has no weight
         total += 1.0
     old = kv_len - q_len
     first, last = old + tile * BLOCK_M // GROUP, old + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1)

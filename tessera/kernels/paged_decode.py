@@ -101,7 +101,8 @@ def paged_decode_kernel(
     total = tl.zeros([ROWS], tl.float32)
     if SINKS:  # noqa: SIM102 -- known when compiled, the other is not
         if split == 0:  # a sink is one score more, which one split alone may count
-            peak = tl.load(sinks + head, mask=row < num_rows, other=0.0) * 1.4426950408889634
+            sink = tl.load(sinks + head, mask=row < num_rows, other=0.0) * 1.4426950408889634
+            peak = tl.maximum(peak, sink)  # one of -inf has no weight
             total += 1.0
     acc, peak, total = attend_tokens(
         q_tile, k + kv_head * K_HEAD_STRIDE, v + kv_head * V_HEAD_STRIDE, page_table + seq * table_stride,

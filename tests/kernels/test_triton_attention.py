@@ -112,6 +112,17 @@ def test_head_dim_equals_the_oracle(dtype: torch.dtype, phase: Phase, head_dim: 
 
 @needs_kernels
 @every_phase
+def test_a_sink_of_no_weight_is_none(phase: Phase) -> None:
+    """Even for queries that see nothing of the first tile of keys that their tile goes through."""
+    lens = {Phase.DECODE: ((1, 600), (1, 3)), Phase.PREFILL: ((70, 90), (3, 70)), Phase.VISION: ((90, 90), (3, 3))}
+    case = make_case(phase, Workload(lens[phase], window=5, sinks=True), make_shape(2, 2))
+    assert case.sinks is not None
+    case.sinks.fill_(-torch.inf)
+    assert case.problems(case.answer(Triton)) == []
+
+
+@needs_kernels
+@every_phase
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8])
 def test_group_equals_the_oracle(phase: Phase, group: int) -> None:
     check(phase, MIXED[phase], make_shape(2 * group, 2, dtype=torch.float16))
