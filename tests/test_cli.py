@@ -187,6 +187,15 @@ def test_chat_remembers_until_told_to_forget_and_ends_with_exit() -> None:
     assert done.returncode == 0 and fresh == cleared != later, done.stderr
 
 
+@pytest.mark.parametrize("command", [("chat",), ("generate", "--chat", "--prompt", "Hi")])
+def test_a_model_without_a_chat_template_is_refused_before_it_is_loaded(command: tuple[str, ...]) -> None:
+    done = run(*command, "--model", "dummy:7b", stdin="")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(
+        "error: dummy-7b has no chat template, so it cannot be talked to\n\nhint: give one with"
+    )
+
+
 def test_a_conversation_too_long_for_the_context_is_said_and_the_chat_goes_on() -> None:
     done = run("chat", "--max-tokens", "4", *SMALL, stdin="word " * 600 + "\nHi\n")
     assert done.returncode == 0 and "512" in done.stderr and "/clear" in done.stderr

@@ -7,7 +7,7 @@ every layer and finds the phi under which the most of them do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import log
 
@@ -31,9 +31,6 @@ LARGEST = 2048.0
 """Scores beyond this, both ways, are counted as this."""
 MAX_QUERIES = 256
 """Of a sequence whose scores are held at a time."""
-
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""What a model calls once a layer: (layer, q, k, v) to the answer."""
 
 
 @dataclass(frozen=True)
@@ -129,18 +126,6 @@ class Calibration:
                 for span in torch.split(scores, self._span, dim=-1):
                     self._peaks[layer].add(span.amax(-1))
             begin += length
-
-    def watch(self, attend: Attend, lens: Sequence[int]) -> Attend:
-        """`attend` that shows its queries and keys to `observe` before: of prompts that nothing is cached of.
-
-        The queries and keys must have their positions applied, so attention must not be fused with that.
-        """
-
-        def watched(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.observe(layer, q, k, lens)
-            return attend(layer, q, k, v)
-
-        return watched
 
     def find(self, dtype: torch.dtype) -> UnifiedMax:
         """The phi under which the most rows are safe with weights of `dtype`, and how many are.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from math import log2
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from tessera.kernels.turn import Turn
 
 TurnAndWrite = Callable[[Tensor, Tensor, Tensor, Turn, Tensor, Tensor, Tensor], Tensor]
 """kernels.rope_pages.rope_pages: turns q and k, writes k and v, returns q."""
+Observe = Callable[[int, Tensor, Tensor, Batch], None]
+"""(layer, q, k_pages, batch) of one phase, q turned and the step's keys written."""
 
 
 class Bucket(NamedTuple):
@@ -62,6 +65,7 @@ class Attention:
             for phase, of_phase in (buckets or {}).items()
         }
         self.fused = self._is_fused() if fused is None else fused
+        self._observe: Observe | None = None
         self._turn_and_write: TurnAndWrite | None = None
         if self.fused:
             from tessera.kernels.rope_pages import rope_pages
@@ -90,14 +94,11 @@ class Attention:
         """What each layer asks in a phase."""
         return [self._backends[phase][group].shape for group in self._layer_groups]
 
-    def watched(self, phase: Phase, watch: Callable[[AttentionBackend[Any]], AttentionBackend[Any]]) -> Attention:
-        """The same attention with each backend of a phase replaced by what `watch` makes of it."""
-        backends = self._backends | {phase: tuple(watch(backend) for backend in self._backends[phase])}
-        buckets = {
-            of: {size: tuple(watch(each) if of is phase else each for each in bound) for size, bound in sizes.items()}
-            for of, sizes in self._buckets.items()
-        }
-        return Attention(backends, self._layer_groups, buckets, fused=self.fused)
+    def watched(self, observe: Observe) -> Attention:
+        """The same attention, which shows `observe` what every layer of its steps is about to attend to."""
+        watched = copy(self)
+        watched._observe = observe
+        return watched
 
     def num_layers(self, group: int) -> int:
         """How many layers are in a group."""
@@ -124,7 +125,7 @@ class Attention:
             if kv_len > 0
         )
         parts = tuple(
-            _Part(tokens, of_phase, tuple(backend.plan(batch) for backend in of_phase))
+            _Part(tokens, batch, of_phase, tuple(backend.plan(batch) for backend in of_phase))
             for phase, (tokens, batch) in batches.items()
             for of_phase in (self.serving(phase, _size(batch)),)
         )
@@ -136,6 +137,7 @@ class Attention:
             self._layer_groups,
             padded=num_real < len(slots),
             turn_and_write=self._turn_and_write,
+            observe=self._observe,
         )
 
 
@@ -144,6 +146,7 @@ class _Part:
     """The tokens of one phase, with a backend and a plan for each group of layers."""
 
     tokens: slice
+    batch: Batch
     backends: tuple[AttentionBackend[Any], ...]
     plans: tuple[Any, ...]
 
@@ -161,10 +164,11 @@ class StepAttention:
         *,
         padded: bool,
         turn_and_write: TurnAndWrite | None = None,
+        observe: Observe | None = None,
     ) -> None:
         self._k_pages, self._v_pages, self._slots = k_pages, v_pages, slots
         self._parts, self._layer_groups, self._padded = parts, layer_groups, padded
-        self._turn_and_write = turn_and_write
+        self._turn_and_write, self._observe = turn_and_write, observe
         self._covered = sum(part.tokens.stop - part.tokens.start for part in parts) == len(slots)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, turn: Turn | None = None, /) -> Tensor:
@@ -182,6 +186,9 @@ class StepAttention:
             raise RuntimeError("a fused layer attends through attention that is not fused")
         else:
             q = self._turn_and_write(q, k, v, turn, k_pages, v_pages, self._slots)
+        if self._observe is not None:
+            for part in self._parts:
+                self._observe(layer, q[part.tokens], k_pages, part.batch)
         if len(self._parts) == 1 and self._covered:
             part = self._parts[0]
             return part.backends[group].run(part.plans[group], q, k_pages, v_pages)

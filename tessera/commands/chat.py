@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"a chat has one answer a turn, n is {params.n}", "leave --n out", param="n")
     from tessera.commands.local import LocalModel
 
-    model = LocalModel(config)
+    model = LocalModel(config, chats=True)
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     sys.stderr.write(f"{model.engine.info.model}. /exit or Ctrl-D ends, /clear forgets, Ctrl-C stops an answer.\n")
     with contextlib.suppress(ImportError):

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = args.prompt or [_standard_input()]
     from tessera.commands.local import LocalModel, interrupt_as_flag
 
-    model = LocalModel(config)
+    model = LocalModel(config, chats=args.chat)
     texts = [_text(model, prompt, params, args) for prompt in prompts]
     with interrupt_as_flag() as stopped:
         deltas = model.generate(texts, stopped)

@@ -12,6 +12,7 @@ from types import FrameType
 from tessera.commands.table import proof_line
 from tessera.config import EngineConfig
 from tessera.engine.build import build_engine
+from tessera.errors import ConfigError
 from tessera.log import logger
 from tessera.model.source import find_model
 from tessera.text.request_text import RequestText, TextDelta
@@ -20,11 +21,19 @@ from tessera.types import Request, SamplingParams
 
 
 class LocalModel:
-    """An engine and its tokenizer."""
+    """An engine and its tokenizer.
 
-    def __init__(self, config: EngineConfig) -> None:
+    chats  whether it will be given messages: ConfigError, before weights are read, where it has no chat template
+    """
+
+    def __init__(self, config: EngineConfig, *, chats: bool) -> None:
         source = find_model(config.model)
         self.tokenizer = load_tokenizer(source, config.model)
+        if chats and self.tokenizer.template is None:
+            raise ConfigError(
+                f"{source.name} has no chat template, so it cannot be talked to",
+                "give one with --chat-template FILE, or use `tessera generate --prompt TEXT`",
+            )
         self.engine = build_engine(config, progress=sys.stderr.isatty())
         for choice in self.engine.info.attention:
             logger.info("%s attention: %s (%s)", choice.phase, ", ".join(choice.backends), choice.reason)

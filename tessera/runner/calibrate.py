@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from itertools import count
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tessera.attention.calibrate import Calibration, UnifiedMax
-from tessera.attention.contract import AttentionBackend, Batch, Claim, Phase, Shape
+from tessera.attention.contract import Batch, Phase
 from tessera.attention.step import Attention
 from tessera.model.language_model import LanguageModel
 from tessera.runner.prove import StepLimits
@@ -42,8 +39,12 @@ def calibrate(
         return None
     spoken = _speak(Runner(model, attention, *pools, device), limits, model.spec.vocab_size)
     shapes = attention.layer_shapes(Phase.PREFILL)
-    calibration, calls = Calibration(shapes), count()
-    watching = attention.watched(Phase.PREFILL, lambda backend: _Watched(backend, calibration, calls))
+    calibration = Calibration(shapes)
+
+    def observe(layer: int, q: Tensor, pages: Tensor, batch: Batch) -> None:
+        calibration.observe(layer, q, _keys(pages, batch), batch.kv_lens_cpu)
+
+    watching = attention.watched(observe)
     Runner(model, watching, *pools, device).run(_as_prompts(spoken, limits.page_size))
     found = calibration.find(shapes[0].dtype)
     for backend in asking:
@@ -51,32 +52,15 @@ def calibrate(
     return found
 
 
-class _Watched(AttentionBackend[tuple[Batch, Any]]):
-    """A backend whose queries and keys are counted before it attends; `calls` counts the layers of all of them."""
-
-    def __init__(self, backend: AttentionBackend[Any], calibration: Calibration, calls: Iterator[int]) -> None:
-        super().__init__(backend.phase, backend.shape)
-        self._backend, self._calibration, self._calls = backend, calibration, calls
-
-    @classmethod
-    def claim(cls, phase: Phase, shape: Shape) -> Claim:
-        """Never asked: what watches serves nobody."""
-        raise NotImplementedError
-
-    def plan(self, batch: Batch) -> tuple[Batch, Any]:
-        """The backend's own, with the batch."""
-        return batch, self._backend.plan(batch)
-
-    def run(self, plan: tuple[Batch, Any], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        """Count, then attend."""
-        batch, own = plan
-        page_size = k.shape[1]
-        keys = [
-            k[row[: -(-length // page_size)].long()].flatten(0, 1)[:length]
+def _keys(pages: Tensor, batch: Batch) -> Tensor:
+    """[tokens, kv_heads, head_dim]: the keys of a batch's sequences, one after another."""
+    page_size = pages.shape[1]
+    return torch.cat(
+        [
+            pages[row[: -(-length // page_size)].long()].flatten(0, 1)[:length]
             for row, length in zip(batch.page_table, batch.kv_lens_cpu)
         ]
-        self._calibration.observe(next(self._calls), q, torch.cat(keys), batch.kv_lens_cpu)
-        return self._backend.run(own, q, k, v, sinks)
+    )
 
 
 def _speak(runner: Runner, limits: StepLimits, vocab_size: int) -> list[Sequence]:

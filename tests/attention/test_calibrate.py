@@ -67,14 +67,6 @@ def test_windows_soft_caps_and_the_ends_of_sequences_are_heeded() -> None:
         assert found.peak_quantiles[0.01] == pytest.approx(least_peak, abs=STEP)
 
 
-def test_watched_attention_answers_as_before_and_is_observed() -> None:
-    q, k = constant_scores(7.0, 12)
-    calibration = Calibration([SHAPE])
-    watched = calibration.watch(lambda layer, _q, _k, v: v + layer, [5, 7])
-    assert torch.equal(watched(0, q, k, k), k)
-    assert calibration.find(torch.float16).model.highest == pytest.approx(7.0)
-
-
 def test_a_calibration_without_scores_is_refused() -> None:
     with pytest.raises(ConfigError, match="no score was observed"):
         Calibration([SHAPE]).find(torch.float16)

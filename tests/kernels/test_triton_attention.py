@@ -1,16 +1,8 @@
-"""Triton attention against the oracle: on the GPU where there is one, else in Triton's interpreter.
-
-Triton decides when a kernel is defined whether to interpret it, so without a GPU one test runs this file again
-in a process of its own. The interpreter of triton 3.9 multiplies bfloat16 wrongly, so that type needs a GPU.
-"""
+"""Triton attention against the oracle: on the GPU where there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,18 +13,22 @@ from tessera.attention.backends.triton import KERNELS, Triton
 from tessera.attention.backends.triton_options import (
     FULL,
     HALF,
-    INTERPRETED,
     LEAST_SHARED_MEMORY,
     Options,
     choose_options,
 )
-from tessera.attention.contract import Phase, Shape, import_error
+from tessera.attention.contract import Phase, Shape
 from tessera.attention.workloads import TOLERANCE, WORKLOADS, Case, Workload, make_batch, make_case
+from triton_interpreter import (
+    DEVICE,
+    check_in_interpreter,
+    every_dtype,
+    needs_compiler,
+    needs_cuda,
+    needs_kernels,
+    outside_interpreter,
+)
 
-DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
-MISSING = import_error("triton")
-RUNS = MISSING is None and (INTERPRETED or DEVICE == "cuda")
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 HEAD_DIMS = [32, 64, 72, 80, 96, 112, 128, 160, 256]
 MIXED = {
     Phase.DECODE: Workload(((1, 70), (1, 3), (1, 129))),
@@ -50,11 +46,6 @@ FEATURES = {
 }
 """Features together, which the named workloads ask for one at a time."""
 
-NOT_HERE = "runs on a GPU, or within test_in_the_interpreter"
-needs_triton = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-needs_kernels = pytest.mark.skipif(not RUNS, reason=MISSING or NOT_HERE)
-needs_cuda = pytest.mark.skipif(DEVICE != "cuda" or not RUNS, reason=MISSING or "a CUDA device is needed")
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_phase = pytest.mark.parametrize("phase", list(Phase))
 
 
@@ -77,21 +68,9 @@ def check(phase: Phase, workload: Workload, shape: Shape) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests below run here")
-@needs_triton
+@outside_interpreter
 def test_in_the_interpreter() -> None:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
-    result = subprocess.run(
-        command,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert NOT_HERE not in result.stdout  # nothing was left out there either
+    check_in_interpreter(__file__)
 
 
 @needs_kernels
@@ -227,7 +206,7 @@ def test_a_claim_names_the_kernel_of_its_phase() -> None:
         assert Triton.claim(phase, make_shape(device="cpu")).must == ("triton_interpreted",)
 
 
-@needs_triton
+@needs_compiler
 @every_phase
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tessera.attention.backends.triton_backend import TritonBackend, claim_of
 from tessera.attention.backends.triton_decode import LIMITS as DECODE_LIMITS
 from tessera.attention.backends.triton_decode import Decode, DecodePlan
 from tessera.attention.backends.triton_options import (
@@ -21,7 +22,7 @@ from tessera.attention.backends.triton_options import (
     choose_options,
     device_resources,
 )
-from tessera.attention.contract import AttentionBackend, Batch, Claim, Limits, Phase, Shape, import_error
+from tessera.attention.contract import Batch, Claim, Limits, Phase, Shape, import_error
 from tessera.kernels.scores import Scores
 
 KERNELS = {Phase.PREFILL: "paged_prefill_kernel", Phase.DECODE: "paged_decode_kernel", Phase.VISION: "packed_kernel"}
@@ -77,13 +78,10 @@ class TritonPlan:
     """Of the Hopper kernel; 0: another serves."""
 
 
-class Triton(AttentionBackend[TritonPlan | DecodePlan]):
+class Triton(TritonBackend[TritonPlan | DecodePlan]):
     """Serves every shape on a GPU with kernels of our own."""
 
     name: ClassVar[str] = "triton"
-    needs: ClassVar[tuple[str, ...]] = ("triton",)
-    packages: ClassVar[tuple[str, ...]] = ("triton", "torch")
-    install: ClassVar[str | None] = "pip install triton"
     limits: ClassVar[dict[Phase, Limits]] = {
         Phase.PREFILL: _PREFILL,
         Phase.DECODE: DECODE_LIMITS,
@@ -91,14 +89,17 @@ class Triton(AttentionBackend[TritonPlan | DecodePlan]):
     }
 
     @classmethod
+    def kernel_of(cls, phase: Phase) -> str:
+        """What serves on every GPU."""
+        return KERNELS[phase]
+
+    @classmethod
     def claim(cls, phase: Phase, shape: Shape) -> Claim:
-        """The kernel of the phase, and nobody else's attention."""
-        if shape.device_type == "cpu":
-            return Claim(must=("triton_interpreted",))
+        """The kernel of the phase, on a Hopper GPU the one that is made for it, or either where the batch decides."""
         kernel = KERNELS[phase]
         if uses_hopper_kernel(phase, shape):
             kernel = HOPPER_KERNEL if phase is Phase.PREFILL else f"({HOPPER_KERNEL}|{kernel})"
-        return Claim(must=(f"^{kernel}",), must_not=("(?i)pytorch_flash|cudnn|fmha|flash_fwd",))
+        return claim_of(kernel, shape)
 
     def __init__(self, phase: Phase, shape: Shape) -> None:
         super().__init__(phase, shape)
@@ -125,15 +126,6 @@ class Triton(AttentionBackend[TritonPlan | DecodePlan]):
             return True
         products = sum(q_len * kv_len for q_len, kv_len in zip(batch.q_lens_cpu, batch.kv_lens_cpu))
         return 4 * products * self.shape.num_q_heads * self.shape.head_dim >= WORTH_HOPPER
-
-    def run(
-        self, plan: TritonPlan | DecodePlan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
-    ) -> Tensor:
-        """One kernel; it reads lengths and pages from the tensors of the planned batch."""
-        if not INTERPRETED or self.shape.device_type != "cpu":
-            return self._launch(plan, q, k, v, sinks)
-        with torch.profiler.record_function(f"triton_interpreted::{KERNELS[self.phase]}"):
-            return self._launch(plan, q, k, v, sinks)
 
     def _launch(self, plan: TritonPlan | DecodePlan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         from tessera.kernels.packed import packed_attention

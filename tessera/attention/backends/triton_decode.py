@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from tessera.attention.backends.triton_backend import TritonBackend
 from tessera.attention.backends.triton_options import (
     INTERPRETED,
     LEAST_SHARED_MEMORY,
@@ -24,7 +25,7 @@ from tessera.attention.backends.triton_options import (
     most_parts,
 )
 from tessera.attention.calibrate import SAFE_LOG2
-from tessera.attention.contract import AttentionBackend, Batch, Claim, Limits, Phase, Shape
+from tessera.attention.contract import Batch, Limits, Phase, Shape
 from tessera.kernels.scores import Scores
 
 if TYPE_CHECKING:
@@ -52,13 +53,6 @@ LIMITS = Limits(
     batch_invariant=(),
     max_q_len=MAX_QUERIES,
 )
-
-
-def claim_of(kernel: str, shape: Shape) -> Claim:
-    """One kernel, and nobody else's attention; on a CPU the range that is marked in the interpreter."""
-    if shape.device_type == "cpu":
-        return Claim(must=(f"^triton_interpreted::{kernel}$",))
-    return Claim(must=(f"^{kernel}",), must_not=("(?i)pytorch_flash|cudnn|fmha|flash_fwd",))
 
 
 @dataclass(frozen=True)
@@ -129,12 +123,9 @@ class Decode:
         return share_evenly(num_seqs, splits, options.min_split, max_q_len)
 
 
-class _Rung(AttentionBackend[DecodePlan]):
+class _DecodeRung(TritonBackend[DecodePlan]):
     """A way to decode that `triton` has left behind."""
 
-    needs: ClassVar[tuple[str, ...]] = ("triton",)
-    packages: ClassVar[tuple[str, ...]] = ("triton", "torch")
-    install: ClassVar[str | None] = "pip install triton"
     limits: ClassVar[dict[Phase, Limits]] = {Phase.DECODE: LIMITS}
     kernel: ClassVar[str] = KERNEL
     """As a profiler sees it."""
@@ -142,9 +133,9 @@ class _Rung(AttentionBackend[DecodePlan]):
     """Whether sequences are cut up."""
 
     @classmethod
-    def claim(cls, phase: Phase, shape: Shape) -> Claim:
+    def kernel_of(cls, phase: Phase) -> str:
         """Its one kernel."""
-        return claim_of(cls.kernel, shape)
+        return cls.kernel
 
     def __init__(self, phase: Phase, shape: Shape) -> None:
         super().__init__(phase, shape)
@@ -154,18 +145,11 @@ class _Rung(AttentionBackend[DecodePlan]):
         """Choose the options and the splits: from how many sequences and queries there are and `max_kv_len` alone."""
         return self._decode.plan(batch)
 
-    def run(self, plan: DecodePlan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        """One kernel; it reads lengths and pages from the tensors of the planned batch."""
-        if not INTERPRETED or self.shape.device_type != "cpu":
-            return self._launch(plan, q, k, v, sinks)
-        with torch.profiler.record_function(f"triton_interpreted::{self.kernel}"):
-            return self._launch(plan, q, k, v, sinks)
-
     def _launch(self, plan: DecodePlan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         return self._decode.run(plan, q, k, v, sinks)
 
 
-class TritonPaged(_Rung):
+class TritonPaged(_DecodeRung):
     """PagedAttention v1, arXiv 2309.06180: keys straight from pages, one program a sequence and key head."""
 
     name: ClassVar[str] = "triton:paged"
@@ -173,14 +157,14 @@ class TritonPaged(_Rung):
     splits: ClassVar[bool] = False
 
 
-class TritonFlashDecoding(_Rung):
+class TritonFlashDecoding(_DecodeRung):
     """Flash-Decoding (Dao et al. 2023): every sequence cut into as many splits as fill the GPU."""
 
     name: ClassVar[str] = "triton:flash_decoding"
     rung: ClassVar[str | None] = "Flash-Decoding: every sequence in as many splits, merged by log-sum-exp"
 
 
-class TritonFlashDecodingPP(_Rung):
+class TritonFlashDecodingPP(_DecodeRung):
     """FlashDecoding++, arXiv 2311.01282: one maximum for all rows, parts that miss it computed again exactly.
 
     unified_max  phi: where scores are expected to peak (`attention/calibrate.py` finds it); any gives right answers,

@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor
 
 from tessera.attention.backends.triton import KERNELS, Triton
-from tessera.attention.backends.triton_decode import claim_of
-from tessera.attention.backends.triton_options import INTERPRETED, choose_options, device_resources
-from tessera.attention.contract import AttentionBackend, Batch, Claim, Limits, Phase, Shape
+from tessera.attention.backends.triton_backend import TritonBackend, claim_of
+from tessera.attention.backends.triton_options import choose_options, device_resources
+from tessera.attention.contract import Batch, Claim, Limits, Phase, Shape
 from tessera.kernels.scores import Scores
 
 if TYPE_CHECKING:
@@ -33,20 +32,17 @@ class RungPlan:
     """Of FlashAttention-1."""
 
 
-class _Rung(AttentionBackend[RungPlan]):
+class _PrefillRung(TritonBackend[RungPlan]):
     """A kernel of the time before FlashAttention-2."""
 
-    needs: ClassVar[tuple[str, ...]] = ("triton",)
-    packages: ClassVar[tuple[str, ...]] = ("triton", "torch")
-    install: ClassVar[str | None] = "pip install triton"
     limits: ClassVar[dict[Phase, Limits]] = _LIMITS
     kernel: ClassVar[str]
     """As a profiler sees it."""
 
     @classmethod
-    def claim(cls, phase: Phase, shape: Shape) -> Claim:
+    def kernel_of(cls, phase: Phase) -> str:
         """Its one kernel, the same in every phase."""
-        return claim_of(cls.kernel, shape)
+        return cls.kernel
 
     def __init__(self, phase: Phase, shape: Shape) -> None:
         super().__init__(phase, shape)
@@ -58,18 +54,8 @@ class _Rung(AttentionBackend[RungPlan]):
         """The batch as it is: programs find their tiles themselves."""
         return RungPlan(batch)
 
-    def run(self, plan: RungPlan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        """One kernel; it reads lengths and pages from the tensors of the planned batch."""
-        if not INTERPRETED or self.shape.device_type != "cpu":
-            return self._launch(plan, q, k, v, sinks)
-        with torch.profiler.record_function(f"triton_interpreted::{self.kernel}"):
-            return self._launch(plan, q, k, v, sinks)
 
-    def _launch(self, plan: RungPlan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
-        raise NotImplementedError
-
-
-class TritonTwoPass(_Rung):
+class TritonTwoPass(_PrefillRung):
     """Scores stay on the chip; the softmax is known before a value is read."""
 
     name: ClassVar[str] = "triton:two_pass"
@@ -84,7 +70,7 @@ class TritonTwoPass(_Rung):
         return two_pass(q, k, v, sinks, *where, self.shape.causal, self._scores, self._options)
 
 
-class TritonFa1(_Rung):
+class TritonFa1(_PrefillRung):
     """FlashAttention, arXiv 2205.14135: the softmax in one pass, one program a sequence and head."""
 
     name: ClassVar[str] = "triton:fa1"
