@@ -20,6 +20,7 @@ from tessera.attention.choose import build_attention, table_lines
 from tessera.attention.contract import AttentionBackend, Limits, Phase
 from tessera.attention.measure import Measured, buckets_for
 from tessera.attention.step import Attention, Bucket
+from tessera.attention.timing import make_inputs, time_call
 from tessera.attention.workloads import make_batch
 from tessera.config import AttentionConfig
 from tessera.errors import BackendError
@@ -62,6 +63,13 @@ class Wrong(Fast):
 
     def run(self, *arguments: Any) -> torch.Tensor:
         return super().run(*arguments) * 1.1
+
+
+class Rung(Fast):
+    """As fast, preferred, and there to be compared."""
+
+    name: ClassVar[str] = "rung"
+    rung: ClassVar[str | None] = "an idea"
 
 
 class Unsteady(Fast):
@@ -118,6 +126,34 @@ def test_the_faster_wins_whatever_the_order_and_the_others_are_told_why() -> Non
         assert choice.rejected["unsteady"] == ["does not promise the same bits whatever else is in the batch"]
         assert [backend.name for backend in attention.bound(phase)[0]] == ["fast"]
         assert any("fast before slow" in line for line in table_lines(choice))
+
+
+def test_a_rung_of_the_ladder_is_never_chosen_and_serves_who_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (registry, choosing, cache):
+        monkeypatch.setitem(module.BACKENDS, "rung", f"{__name__}:Rung")
+    for measure_mode in ("force", "off"):
+        monkeypatch.setattr(choosing, "AUTO", dict.fromkeys(Phase, ("rung", "fast")))
+        _, choices = build(attention_measure=measure_mode)
+        for choice in choices.values():
+            assert choice.backend == "fast"
+            assert choice.rejected["rung"] == ["a rung of the ladder, an idea: to be compared, not chosen"]
+    assert {choice.backend for choice in build(attention="rung")[1].values()} == {"rung"}
+
+
+def test_who_takes_too_long_is_called_once_more_after_the_first() -> None:
+    calls: list[int] = []
+
+    class Counted(Naive):
+        def run(self, *arguments: Any) -> torch.Tensor:
+            calls.append(1)
+            time.sleep(0.002)
+            return super().run(*arguments)
+
+    inputs = make_inputs(Phase.DECODE, SIZED, SMALL[0])
+    time_call(Counted(Phase.DECODE, SIZED), inputs, give_up_ms=1.0)
+    assert len(calls) == 2
+    time_call(Counted(Phase.DECODE, SIZED), inputs, repeats=5)
+    assert len(calls) == 2 + 6
 
 
 def test_what_was_measured_is_read_back_fast_and_alike(timed: list[Phase]) -> None:

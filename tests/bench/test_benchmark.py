@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import signal
 import sys
 from collections.abc import Container, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,8 +16,9 @@ import pytest
 from synthetic_rows import row, subject
 from tessera.bench import benchmark
 from tessera.bench.benchmark import Done
-from tessera.bench.provenance import provenance
+from tessera.bench.provenance import command_line, provenance
 from tessera.bench.record import Kind, Record, read
+from tessera.commands.bench.command import run as run_command
 from tessera.errors import ConfigError
 
 
@@ -130,3 +134,27 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(tmp_p
     with pytest.raises(ConfigError, match="cannot be written"):
         benchmark.run(refused, tmp_path / "file" / "rows.jsonl")
     assert refused.measured == []
+
+
+def test_every_benchmark_ends_by_sigterm_as_by_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = ModuleType("tessera.commands.bench.fake")
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(_: argparse.Namespace) -> int:
+        assert signal.getsignal(signal.SIGTERM) is not before
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        return 7
+
+    monkeypatch.setattr(fake, "run", run, raising=False)
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    assert run_command(argparse.Namespace(benchmark="fake")) == 7
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_command_is_repeated_with_what_decided_which_kernels_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/tessera", "bench", "kernels", "--heads", "4/2/32"])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert command_line() == "tessera bench kernels --heads 4/2/32"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert command_line() == "TRITON_INTERPRET=1 tessera bench kernels --heads 4/2/32"
