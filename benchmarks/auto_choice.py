@@ -26,6 +26,7 @@ from tessera.attention.contract import Phase, Shape
 from tessera.attention.step import Bucket
 from tessera.attention.timing import make_inputs, time_call
 from tessera.config import AttentionConfig
+from tessera.log import set_up
 from tessera.runner.device import capability, choose_device
 from tessera.types import AttentionChoice
 
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    set_up("debug")  # what each candidate took, on stderr
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tessera-auto-")
     device = choose_device(options.device)
     for model in options.models.split(","):

@@ -38,6 +38,12 @@ BUILT = """
 on disk. Auto does not wait for that and leaves out what is not built yet. Named once, as in `--prefill-attention
 flashinfer:fa2`, it is built with nvcc, about a minute a variant; auto takes it from then on, where it is the fastest.
 The package `flashinfer-jit-cache` brings the modules ready-made.
+
+**triton** is compiled with tiles, warps, stages and splits that are shipped by GPU, with where they were measured
+(`attention/backends/triton_tables.py`: H200 and H100; any other begins with the same, cut down to its shared memory).
+`tessera tune` looks beside them for this GPU and a model's heads, about 20 seconds a phase and part, and keeps what is
+faster; a GPU that no table knows is tuned at its first start where `triton` may serve, unless `--attention-measure` is
+off. The reason of a choice says which options serve. The rungs of the ladder (`triton:...`) keep what is shipped.
 """
 COLUMNS = (
     "backend",

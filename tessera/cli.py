@@ -9,13 +9,21 @@ import sys
 from collections.abc import Sequence
 
 from tessera import __version__, log
-from tessera.commands import backends, chat, generate, serve, verify
+from tessera.commands import backends, chat, generate, serve, tune, verify
 from tessera.commands.bench import command as bench
 from tessera.commands.flags import Parser
-from tessera.config import check_environment
+from tessera.environment import check_environment
 from tessera.errors import ConfigError, TesseraError
 
-COMMANDS = {"serve": serve, "generate": generate, "chat": chat, "backends": backends, "verify": verify, "bench": bench}
+COMMANDS = {
+    "serve": serve,
+    "generate": generate,
+    "chat": chat,
+    "backends": backends,
+    "verify": verify,
+    "tune": tune,
+    "bench": bench,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

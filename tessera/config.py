@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
-import os
 import textwrap
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -19,9 +18,6 @@ from tessera.errors import ConfigError
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
-
-ENVIRONMENT_NAMES = ("TESSERA_API_KEY",)
-"""The environment variables tessera reads; any other that starts with TESSERA_ is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +54,9 @@ class DeviceConfig:
     """auto takes the GPU where torch sees one, else the CPU."""
     tensor_parallel_size: int = 1
     """GPUs that share one model; more than 1 is not built yet and is refused."""
+    cuda_graphs: bool | None = None
+    """Replay steps of one token a sequence as CUDA graphs, in place of launching every kernel anew. Left out: on a GPU,
+    wherever the chosen attention allows it."""
     cpu_threads: int | None = None
     """Threads for the computation on a CPU. Left out: torch's own choice, one a core."""
 
@@ -87,6 +86,9 @@ class SchedulerConfig:
     inflicts on running decodes. Left out: 8192 on a GPU, 1024 on a CPU."""
     max_num_seqs: int = 256
     """Most sequences that run at once."""
+    overlap: bool | None = None
+    """Prepare each step while the device computes the one before; tokens are reported one step late. Left out: on a
+    GPU only, for a CPU has nothing to prepare with while it computes."""
 
     def resolve_budget(self, device: str) -> int:
         """The token budget on a device type, where none was given."""
@@ -107,7 +109,7 @@ class AttentionConfig:
     """Backend for image patches, in place of --attention; refused for a model that takes no images."""
     attention_measure: Literal["off", "cached", "force"] = "cached"
     """How auto chooses: cached times every backend that can serve, once, and keeps the result on disk; force
-    times anew; off takes the first of a fixed order. A named backend is never timed."""
+    times anew; off takes the first of a fixed order. A named backend is not timed against others."""
     prove_attention: bool | None = None
     """Profile a step of each phase at start: other kernels than claimed are an error. Left out: in `serve` only."""
 
@@ -230,17 +232,6 @@ def check_names(given: Mapping[str, Any], known: list[str]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             raise ConfigError(
                 f"unknown setting {name!r}", f"did you mean {near[0]!r}?" if near else "see `tessera serve --help`"
-            )
-
-
-def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise ConfigError for a variable that starts with TESSERA_ and means nothing: its writer meant this program."""
-    for name in environment:
-        if name.startswith("TESSERA_") and name not in ENVIRONMENT_NAMES:
-            near = difflib.get_close_matches(name, ENVIRONMENT_NAMES, n=1, cutoff=0.8)
-            raise ConfigError(
-                f"environment variable {name} has no effect; tessera reads {', '.join(ENVIRONMENT_NAMES)} only",
-                f"did you mean {near[0]}?" if near else f"unset {name}; settings are flags, see `tessera serve --help`",
             )
 
 

@@ -78,11 +78,25 @@ class Sequence:
     """Hash chain over the full pages of `token_ids` that are known so far (see scheduler.prefix)."""
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     num_preemptions: int = 0
+    num_pending: int = 0
+    """Tokens sampled in steps that have begun and whose results are not in: they follow `token_ids`, unknown."""
+    finished: bool = False
+    """Whether nothing more is wanted of it; what a step that has begun still finds is dropped."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known and pending."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far."""
-        return len(self.token_ids) - self.num_prompt_tokens
+        """Tokens generated so far, those that are pending included."""
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def needs_results(self) -> bool:
+        """Whether no step of it can be prepared while results are out: penalties want the tokens themselves."""
+        return self.params.has_penalties or self.wants_prompt_logprobs
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -98,15 +112,21 @@ class Sequence:
 class Step:
     """One forward pass: how many tokens of which sequence, decodes (one token) first.
 
-    Tokens `[num_computed_tokens, num_computed_tokens + n)` of each sequence are computed; where that
-    reaches the last known token, the sequence's next token is sampled.
+    Made of the sequences as they stand, and true from then on however they change: tokens `[starts, starts + n)` of
+    each are computed; where that reaches the last known or pending token, the sequence's next token is sampled.
     """
 
     num_tokens: dict[Sequence, int]
+    starts: dict[Sequence, int] = field(init=False)
+    """Tokens that each sequence had in the cache already."""
+    sampling: list[Sequence] = field(init=False)
+    """Those whose next token is sampled, in the order of `num_tokens`."""
 
-    def samples(self, sequence: Sequence) -> bool:
-        """Whether this step computes the last known token of `sequence`, so that its next is sampled."""
-        return sequence.num_computed_tokens + self.num_tokens[sequence] == len(sequence.token_ids)
+    def __post_init__(self) -> None:
+        starts = {sequence: sequence.num_computed_tokens for sequence in self.num_tokens}
+        sampling = [s for s, count in self.num_tokens.items() if starts[s] + count == s.num_tokens]
+        object.__setattr__(self, "starts", starts)
+        object.__setattr__(self, "sampling", sampling)
 
 
 @dataclass(frozen=True, slots=True)

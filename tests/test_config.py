@@ -6,15 +6,8 @@ from typing import Any
 
 import pytest
 
-from tessera.config import (
-    RANGES,
-    EngineConfig,
-    ServerConfig,
-    check_environment,
-    check_section,
-    section_types,
-    settings_of,
-)
+from tessera.config import RANGES, EngineConfig, ServerConfig, check_section, section_types, settings_of
+from tessera.environment import check_environment
 from tessera.errors import ConfigError
 
 SECTIONS = [*section_types(EngineConfig).values(), ServerConfig]

@@ -24,6 +24,7 @@ from tessera.attention.registry import backend_rows as backend_rows
 from tessera.attention.registry import check_name, load_checked, plug_ins, reasons_against, rung_of
 from tessera.attention.registry import load_backend as load_backend
 from tessera.attention.step import Attention, Bucket
+from tessera.attention.tune import tune_at_start
 from tessera.config import AttentionConfig
 from tessera.errors import BackendError, ConfigError
 from tessera.log import logger
@@ -62,6 +63,9 @@ def build_attention(
     page_size = choose_page_size(wanted, page_size, unique, general=general, others=plug_ins() if measures else ())
     layers = Counter(replace(shape, page_size=page_size) for shape in layer_shapes)
     choices, fresh = {}, []
+    if measures:
+        ours = [phase for phase, name in wanted.items() if name in ("auto", "triton")]
+        tune_at_start(ours, list(layers), max_len, anew=config.attention_measure == "force")
     for phase, name in wanted.items():
         if name == "auto" and measures:
             choices[phase], measured = _measured(phase, layers, config.attention_measure, max_len)
@@ -70,7 +74,8 @@ def build_attention(
             _, choices[phase] = choose(phase, name, list(layers))
     cache.write(fresh)
     groups = [unique.index(shape) for shape in layer_shapes]
-    return _bind(choices, list(layers), groups), page_size, list(choices.values())
+    attention, explained = _bind(choices, list(layers), groups)
+    return attention, page_size, explained
 
 
 def choose(phase: Phase, wanted: str, shapes: Sequence[Shape]) -> tuple[Backend, AttentionChoice]:
@@ -259,14 +264,19 @@ def table_lines(choice: AttentionChoice) -> list[str]:
     return lines + [f"  not {name}: {'; '.join(reasons)}" for name, reasons in choice.rejected.items()]
 
 
-def _bind(choices: Mapping[Phase, AttentionChoice], shapes: Sequence[Shape], groups: Sequence[int]) -> Attention:
-    backends, buckets = {}, {}
+def _bind(
+    choices: Mapping[Phase, AttentionChoice], shapes: Sequence[Shape], groups: Sequence[int]
+) -> tuple[Attention, list[AttentionChoice]]:
+    """The chosen backends, bound; and the choices, whose reasons say where the options of the backends come from."""
+    backends, buckets, explained = {}, {}, []
     for phase, choice in choices.items():
         bound = {name: [_bound(name, phase, shape) for shape in shapes] for name in choice.backends}
         backends[phase] = bound[choice.backend]
         if len(bound) > 1:
             buckets[phase] = {Bucket(b.num_seqs, b.q_len, b.kv_len): bound[b.backend] for b in choice.buckets}
-    return Attention(backends, groups, buckets)
+        sources = [f"{name}: {each.options_from}" for name in bound for each in bound[name] if each.options_from]
+        explained.append(replace(choice, reason="; ".join([choice.reason, *dict.fromkeys(sources)])))
+    return Attention(backends, groups, buckets), explained
 
 
 def _bound(name: str, phase: Phase, shape: Shape) -> AttentionBackend[Any]:

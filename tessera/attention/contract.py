@@ -195,6 +195,8 @@ class AttentionBackend(ABC, Generic[Plan]):
     """A phase left out is not supported."""
     rung: ClassVar[str | None] = None
     """The idea that a variant stands for which exists to be compared with its better; auto never takes it."""
+    options_from: str = ""
+    """Where the options that kernels are compiled with come from, if there is a choice: said with why it serves."""
 
     @classmethod
     def reasons_against(cls, phase: Phase, shape: Shape) -> list[str]:

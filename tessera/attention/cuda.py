@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,10 +16,13 @@ def make_event(*, timing: bool = False) -> torch.cuda.Event:
     return event
 
 
-def capture(call: Callable[[], Result], warm_up: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, Result]:
+def capture(
+    call: Callable[[], Result], warm_up: Callable[[], object], pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Result]:
     """`call` as a graph, with what it returned: tensors that every replay writes anew.
 
     `warm_up` runs before on a stream of its own: whatever compiles or chooses on its first call must do so there.
+    Graphs of one `pool` (torch.cuda.graph_pool_handle) share memory: what one returned lasts until another runs.
     """
     stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
@@ -28,6 +31,6 @@ def capture(call: Callable[[], Result], warm_up: Callable[[], object]) -> tuple[
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         result = call()
     return graph, result

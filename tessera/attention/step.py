@@ -140,6 +140,31 @@ class Attention:
             observe=self._observe,
         )
 
+    def graphs_refused(self, backends: Sequence[AttentionBackend[Any]]) -> list[str]:
+        """Why no CUDA graph may record steps that these backends decode; [] where one may."""
+        refusing = [each.name for each in backends if not each.limits[Phase.DECODE].graphs]
+        reasons = [f"{name} does not allow it" for name in dict.fromkeys(refusing)]
+        return reasons if self.fused else [*reasons, "keys are not written by the fused kernel"]
+
+    def begin_capture(
+        self,
+        k_pages: Sequence[Tensor],
+        v_pages: Sequence[Tensor],
+        slots: Tensor,
+        batch: Batch,
+        backends: Sequence[AttentionBackend[Any]],
+    ) -> StepAttention:
+        """Plan a step of decodes that a CUDA graph records, to be replayed with other numbers in the same tensors.
+
+        batch     its lengths are the longest that will ever be replayed
+        backends  of the set that serves the steps to come, see `serving`; none that `graphs_refused`
+        """
+        plans = tuple(backend.plan_capture(batch) for backend in backends)
+        part = _Part(slice(0, len(slots)), batch, tuple(backends), plans)
+        return StepAttention(
+            k_pages, v_pages, slots, (part,), self._layer_groups, padded=True, turn_and_write=self._turn_and_write
+        )
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -170,6 +195,12 @@ class StepAttention:
         self._parts, self._layer_groups, self._padded = parts, layer_groups, padded
         self._turn_and_write, self._observe = turn_and_write, observe
         self._covered = sum(part.tokens.stop - part.tokens.start for part in parts) == len(slots)
+
+    def update(self, batch: Batch) -> None:
+        """Before a graph that recorded this step is replayed with `batch`: refresh what plans keep beside tensors."""
+        (part,) = self._parts
+        for backend, plan in zip(part.backends, part.plans):
+            backend.update_capture(plan, batch)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, turn: Turn | None = None, /) -> Tensor:
         """Write the step's keys and values, then attend; tokens of no batch come back as zeros.

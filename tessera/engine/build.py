@@ -50,7 +50,8 @@ def build_engine(config: EngineConfig, *, progress: bool = False) -> Engine:
     )
     scheduler = _build_scheduler(resolved, capacity, spec)
     info = _describe(resolved, capacity, source, spec, device_name(device))
-    return Engine(executor, scheduler, info, config.model.seed)
+    overlap = device.type == "cuda" if config.scheduler.overlap is None else config.scheduler.overlap
+    return Engine(executor, scheduler, info, config.model.seed, overlap=overlap)
 
 
 def _check_context(config: EngineConfig, spec: ModelSpec) -> None:

@@ -9,29 +9,44 @@ from tessera.scheduler.scheduler import Scheduler
 from tessera.types import EngineInfo, EngineStatus, Output, Request, Sequence, Step, StepResult
 
 
+class RunningStep(Protocol):
+    """A step that the device has been given."""
+
+    def result(self) -> StepResult:
+        """What it found; waits for it."""
+
+
 class StepExecutor(Protocol):
     """What the engine asks of the layer below."""
 
-    def run(self, step: Step) -> StepResult:
-        """Compute one step."""
+    def begin(self, step: Step) -> RunningStep:
+        """Give the device a step; those begun before it are computed before it."""
 
 
 class Engine:
     """Schedules and runs the steps of all requests; token ids only, no text.
 
+    overlap  whether a step is scheduled and begun before the result of the one before it is taken in, so that the
+             device never waits for the host: outputs come one step late, and a sequence that ends by a stop token has
+             been computed one step further for nothing
+
     Not thread-safe: one caller. After an exception out of `step` the engine must not be used again.
     """
 
-    def __init__(self, executor: StepExecutor, scheduler: Scheduler, info: EngineInfo, seed: int = 0) -> None:
+    def __init__(
+        self, executor: StepExecutor, scheduler: Scheduler, info: EngineInfo, seed: int = 0, *, overlap: bool = False
+    ) -> None:
         self.info = info
         self._executor, self._scheduler, self._seed = executor, scheduler, seed
+        self._overlap = overlap
+        self._ahead: tuple[Step, RunningStep] | None = None
         self._num_requests = 0
         self._num_steps = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence is running or waiting."""
-        return self._scheduler.num_running + self._scheduler.num_waiting > 0
+        """Whether any sequence is running or waiting, or a step's result is still out."""
+        return self._ahead is not None or self._scheduler.num_running + self._scheduler.num_waiting > 0
 
     def add(self, request: Request) -> None:
         """Queue a request; RequestError, and nothing queued, where it can never be served."""
@@ -59,12 +74,24 @@ class Engine:
         self._scheduler.abort(request_id, index)
 
     def step(self) -> list[Output]:
-        """Compute one step and return what it added; [] where there is no work."""
+        """Compute one step and return what it added, with `overlap` what the one before added; [] for no work."""
+        outputs = self._take_in() if self._scheduler.needs_results else []
         step = self._scheduler.schedule()
         if not step.num_tokens:
-            return []
+            return outputs + self._take_in()
         self._num_steps += 1
-        return self._scheduler.commit(step, self._executor.run(step))
+        running = self._executor.begin(step)
+        self._scheduler.begin(step)
+        outputs += self._take_in()
+        self._ahead = step, running
+        return outputs if self._overlap else self._take_in()
+
+    def _take_in(self) -> list[Output]:
+        """What the step whose result is out has added; [] where there is none."""
+        if self._ahead is None:
+            return []
+        (step, running), self._ahead = self._ahead, None
+        return self._scheduler.commit(step, running.result())
 
     def status(self) -> EngineStatus:
         """The counters as they stand between two steps."""

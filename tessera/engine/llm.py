@@ -8,8 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tessera.config import EngineConfig, check_environment
+from tessera.config import EngineConfig
 from tessera.engine.build import build_engine
+from tessera.engine.garbage import keep_what_is_there
+from tessera.environment import check_environment
 from tessera.errors import RequestError
 from tessera.model.source import find_model
 from tessera.text.request_text import RequestText
@@ -112,7 +114,7 @@ class LLM:
         return self._tokenizer.encode(text, add_special_tokens=special)
 
     def _run(self, texts: dict[str, RequestText], use_tqdm: bool) -> None:
-        with tqdm(total=len(texts), desc="requests", unit="req", disable=not use_tqdm) as bar:
+        with keep_what_is_there(), tqdm(total=len(texts), desc="requests", unit="req", disable=not use_tqdm) as bar:
             while self._engine.has_work:
                 for output in self._engine.step():
                     text = texts[output.request_id]

@@ -24,6 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tessera.kernels.hopper_attend import consume
 from tessera.kernels.hopper_tiles import copy_tile, find_slots, find_tile
+from tessera.kernels.launch import Launcher
 from tessera.kernels.packed import head_parts
 from tessera.kernels.scores import Scores
 
@@ -208,6 +209,9 @@ def hopper_prefill_kernel(
     )  # fmt: skip
 
 
+_launch_hopper_prefill = Launcher(hopper_prefill_kernel)
+
+
 @cache
 def _box_layout(box: int, width: int, dtype: torch.dtype) -> Any:
     """How a box lies in shared memory; kept, for every launch asks."""
@@ -242,7 +246,8 @@ def hopper_prefill(
     (main, tail), page_size = head_parts(head_dim), 0 if page_table is None else k.shape[1]
     box = min(page_size, options.block_n) if page_size else options.block_n
     table = cu_q_lens if page_table is None else page_table
-    hopper_prefill_kernel[(min(num_tiles, max_programs),)](
+    _launch_hopper_prefill(
+        (min(num_tiles, max_programs),),
         q, *_descriptors(k, v, box, main), *_descriptors(k, v, box, tail or main), table, cu_q_lens, kv_lens, tiles,
         kv_lens if sinks is None else sinks, out, num_tiles, *scores.log2, q.stride(0), out.stride(0), table.stride(0),
         Q_HEAD_STRIDE=q.stride(1), HEADS=heads, GROUP=q.shape[1] // heads, HEAD_DIM=head_dim, MAIN=main, TAIL=tail,

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tessera.kernels.launch import Launcher
+
 NUMBERS_PER_WARP = 512
 """Of a row: two loads of 16 bytes a thread in half types."""
 MAX_WARPS = 16
@@ -32,6 +34,9 @@ def rms_norm_kernel(
     wide = values.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
     tl.store(out + row * SIZE + column, (wide * scale * factors).to(values.dtype), mask=real)
+
+
+_launch_rms_norm = Launcher(rms_norm_kernel)
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -74,7 +79,8 @@ def _launch(
         return
     block = triton.next_power_of_2(size)
     update, target = (rows, out) if updates is None or total is None else (updates, total)
-    rms_norm_kernel[(num_rows,)](
+    _launch_rms_norm(
+        (num_rows,),
         rows, update, weight, target, out, rows.stride(0), update.stride(0), eps,
         SIZE=size, BLOCK=block, ADD=updates is not None,
         num_warps=min(MAX_WARPS, max(1, block // NUMBERS_PER_WARP)), enable_fp_fusion=False,

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tessera.kernels.launch import Launcher
 from tessera.kernels.scores import Scores
 
 UNALIGNED = ["page_table", "cu_q_lens", "kv_lens", "tiles", "sinks"]  # begin anywhere, are read number by number
@@ -245,6 +246,9 @@ def packed_kernel(
     )  # fmt: skip
 
 
+_launch_packed = Launcher(packed_kernel)
+
+
 def packed_attention(
     q: Tensor,
     k: Tensor,
@@ -266,7 +270,8 @@ def packed_attention(
     returns    [tokens, q_heads, head_dim]
     """
     out = q.new_empty(q.shape)
-    packed_kernel[(k.shape[1], len(tiles))](
+    _launch_packed(
+        (k.shape[1], len(tiles)),
         q, k, v, cu_q_lens, tiles, cu_q_lens if sinks is None else sinks, out, *scores.log2,
         q.stride(0), k.stride(0), v.stride(0), out.stride(0),
         K_HEAD_STRIDE=k.stride(1), V_HEAD_STRIDE=v.stride(1), **constants(q, k.shape[1], sinks, scores), **options,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tessera.kernels.decode_merge import Workspace, finish_part
 from tessera.kernels.decode_shares import Shares, lengths_block, own_span
+from tessera.kernels.launch import Launcher
 from tessera.kernels.packed import UNALIGNED, load_part, log2_soft_cap
 from tessera.kernels.scores import Scores
 
@@ -121,6 +122,9 @@ def paged_decode_kernel(
     )  # fmt: skip
 
 
+_launch_paged_decode = Launcher(paged_decode_kernel)
+
+
 def paged_decode(
     q: Tensor,
     k: Tensor,
@@ -152,7 +156,8 @@ def paged_decode(
     compiled = constants(q, num_kv_heads, sinks, scores, shares.max_q_len, options)
     columns = num_kv_heads * compiled["ROW_TILES"]
     grid = (columns, shares.num_units) if shares.balanced else (columns, shares.num_splits, num_seqs)
-    paged_decode_kernel[grid](
+    _launch_paged_decode(
+        grid,
         q, k, v, page_table, cu_q_lens, kv_lens, kv_lens if sinks is None else sinks, out,
         workspace.part_out, workspace.part_lse, workspace.arrivals,
         *scores.log2, q.stride(0), k.stride(1), v.stride(1), page_table.stride(0),

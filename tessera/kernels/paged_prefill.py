@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tessera.kernels.launch import Launcher
 from tessera.kernels.packed import UNALIGNED, attend_queries, constants
 from tessera.kernels.scores import Scores
 
@@ -44,6 +45,9 @@ def paged_prefill_kernel(
     )  # fmt: skip
 
 
+_launch_paged_prefill = Launcher(paged_prefill_kernel)
+
+
 def paged_prefill(
     q: Tensor,
     k: Tensor,
@@ -70,7 +74,8 @@ def paged_prefill(
     returns     [tokens, q_heads, head_dim]
     """
     out = q.new_empty(q.shape)
-    paged_prefill_kernel[(k.shape[2], len(tiles))](
+    _launch_paged_prefill(
+        (k.shape[2], len(tiles)),
         q, k, v, page_table, cu_q_lens, kv_lens, tiles, kv_lens if sinks is None else sinks, out, *scores.log2,
         q.stride(0), k.stride(1), v.stride(1), out.stride(0), page_table.stride(0),
         K_HEAD_STRIDE=k.stride(2), V_HEAD_STRIDE=v.stride(2), PAGE_SIZE=k.shape[1],

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tessera.kernels.launch import Launcher
 from tessera.kernels.turn import Turn
 
 BLOCK = 1024
@@ -103,6 +104,9 @@ def rope_pages_kernel(
         )  # fmt: skip
 
 
+_launch_rope_pages = Launcher(rope_pages_kernel)
+
+
 def rope_pages(q: Tensor, k: Tensor, v: Tensor, turn: Turn, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> Tensor:
     """Turn q and k, write the turned k and v to their slots and touch no other byte of the pages.
 
@@ -120,7 +124,8 @@ def rope_pages(q: Tensor, k: Tensor, v: Tensor, turn: Turn, k_pages: Tensor, v_p
     heads = min(MAX_HEADS, max(1, BLOCK // (2 * pad)), triton.next_power_of_2(max(q_heads, kv_heads)))
     norm, rope = turn.q_weight is not None, turn.rotation is not None
     cosines, sines = turn.rotation or (q, q)
-    rope_pages_kernel[(tokens * (triton.cdiv(q_heads, heads) + 2 * triton.cdiv(kv_heads, heads)),)](
+    _launch_rope_pages(
+        (tokens * (triton.cdiv(q_heads, heads) + 2 * triton.cdiv(kv_heads, heads)),),
         q, k, v, out, k_pages, v_pages, slots,
         turn.q_weight if norm else q, turn.k_weight if norm else q, cosines, sines,
         q.stride(0), k.stride(0), v.stride(0), k_pages.stride(1), v_pages.stride(1),

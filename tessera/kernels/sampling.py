@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tessera.kernels.launch import Launcher
+
 BLOCK = 4096
 """Logits that a program looks at together."""
 STAGES: tl.constexpr = tl.constexpr(4)
@@ -169,6 +171,9 @@ def sample_kernel(
     tl.store(out + number, tl.where(token < 0, best, token).to(tl.int64))
 
 
+_launch_sample = Launcher(sample_kernel)
+
+
 def sample(logits: Tensor, parameters: Tensor) -> Tensor:
     """One token a row, decided by that row's logits and parameters alone; of equal largest logits the lowest id.
 
@@ -184,7 +189,8 @@ def sample(logits: Tensor, parameters: Tensor) -> Tensor:
     if rows:
         block = min(BLOCK, triton.next_power_of_2(size))
         blocks = triton.next_power_of_2(triton.cdiv(size, block))
-        sample_kernel[(rows,)](
+        _launch_sample(
+            (rows,),
             logits, parameters, out, logits.stride(0), size,
             BLOCK=block, BLOCKS=blocks, num_warps=max(1, min(16, block // 256)), enable_fp_fusion=False,
         )  # fmt: skip

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tessera.kernels.launch import Launcher
+
 BLOCK = 1024
 """Numbers a program."""
 
@@ -27,6 +29,9 @@ def swiglu_kernel(
     tl.store(out + row * size + column, (activated * up.to(tl.float32)).to(gate.dtype), mask=real)
 
 
+_launch_swiglu = Launcher(swiglu_kernel)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, computed in float32 and rounded after each of the two.
 
@@ -37,7 +42,14 @@ def swiglu(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(tokens, size)
     block = min(BLOCK, triton.next_power_of_2(size))
     if tokens:
-        swiglu_kernel[(tokens * triton.cdiv(size, block),)](
-            gate_up, out, gate_up.stride(0), size, BLOCK=block, num_warps=max(1, block // 256), enable_fp_fusion=False
+        _launch_swiglu(
+            (tokens * triton.cdiv(size, block),),
+            gate_up,
+            out,
+            gate_up.stride(0),
+            size,
+            BLOCK=block,
+            num_warps=max(1, block // 256),
+            enable_fp_fusion=False,
         )
     return out

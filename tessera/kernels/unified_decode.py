@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tessera.kernels.decode_merge import Workspace, out_rows
 from tessera.kernels.decode_shares import Shares, own_span
+from tessera.kernels.launch import Launcher
 from tessera.kernels.packed import UNALIGNED, load_part, log2_soft_cap, store_part
 from tessera.kernels.paged_decode import attend_tokens, constants
 from tessera.kernels.scores import LOG2_E, Scores
@@ -202,6 +203,9 @@ def unified_decode_kernel(
     )  # fmt: skip
 
 
+_launch_unified_decode = Launcher(unified_decode_kernel)
+
+
 def unified_decode(
     q: Tensor,
     k: Tensor,
@@ -226,7 +230,8 @@ def unified_decode(
     out = q.new_empty(q.shape)
     compiled = constants(q, k.shape[2], sinks, scores, 1, options)
     del compiled["QUERIES"]
-    unified_decode_kernel[(k.shape[2] * compiled["ROW_TILES"], shares.num_splits, len(kv_lens))](
+    _launch_unified_decode(
+        (k.shape[2] * compiled["ROW_TILES"], shares.num_splits, len(kv_lens)),
         q, k, v, page_table, kv_lens, kv_lens if sinks is None else sinks, out,
         workspace.part_out, workspace.part_lse, workspace.part_peak, workspace.arrivals, workspace.recomputed,
         unified.phi * LOG2_E, *scores.log2, q.stride(0), k.stride(1), v.stride(1), page_table.stride(0),

@@ -19,7 +19,7 @@ from tessera.attention.contract import Phase, Shape
 from tessera.attention.selftest import self_test
 from tessera.attention.step import Attention
 from tessera.config import EngineConfig
-from tessera.errors import CapacityError
+from tessera.errors import CapacityError, ConfigError
 from tessera.log import logger
 from tessera.model.language_model import LanguageModel
 from tessera.model.registry import load_model, num_weight_bytes
@@ -28,9 +28,11 @@ from tessera.model.spec import ModelSpec
 from tessera.runner import memory
 from tessera.runner.calibrate import calibrate
 from tessera.runner.device import capability, device_name, shared_memory
+from tessera.runner.graphs import DecodeGraphs, GraphLimits
 from tessera.runner.prove import StepLimits, prove_steps
-from tessera.runner.runner import Runner
-from tessera.types import AttentionChoice, SamplingParams, Sequence, Step, StepResult
+from tessera.runner.runner import Runner, RunningStep
+from tessera.runner.sampler import Sampler
+from tessera.types import AttentionChoice, SamplingParams, Sequence, Step
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,10 @@ class Executor:
         usable = self._usable_bytes(model, attention, page_size, max_num_batched_tokens)
         num_pages, max_model_len = self._num_pages(usable, page_size)
         k_pages, v_pages = self._allocate(num_pages, page_size, self._spec.num_layers)
-        self._runner = Runner(model, attention, k_pages, v_pages, self._device)
+        graph_limits, said = self._graph_limits(attention, num_pages, page_size, max_model_len)
+        if said:
+            choices = [replace(c, reason=f"{c.reason}; {said}") if c.phase == Phase.DECODE else c for c in choices]
+        self._runner = Runner(model, attention, k_pages, v_pages, self._device, graph_limits)
         limits = StepLimits(
             max_num_seqs=self._config.scheduler.max_num_seqs,
             max_num_tokens=max_num_batched_tokens,
@@ -92,17 +97,35 @@ class Executor:
             choices = [replace(choice, proofs=proofs[choice.phase]) for choice in choices]
         return Capacity(num_pages, page_size, max_model_len, choices, load_seconds)
 
-    def run(self, step: Step) -> StepResult:
-        """Compute one step; `start` has returned."""
+    def begin(self, step: Step) -> RunningStep:
+        """Give the device a step; `start` has returned."""
         if self._runner is None:
-            raise RuntimeError("run() before start()")
-        return self._runner.run(step)
+            raise RuntimeError("begin() before start()")
+        return self._runner.begin(step)
 
     def logits(self, step: Step) -> Tensor:
         """[tokens, vocab] float32: see Runner.logits."""
         if self._runner is None:
             raise RuntimeError("logits() before start()")
         return self._runner.logits(step)
+
+    def _graph_limits(
+        self, attention: Attention, num_pages: int, page_size: int, max_model_len: int
+    ) -> tuple[GraphLimits | None, str]:
+        """What decode steps may be recorded, and what to say of it; ConfigError where graphs are asked for in vain."""
+        wanted = self._config.device.cuda_graphs
+        if wanted is False or (self._device.type != "cuda" and wanted is None):
+            return None, ""
+        refused = [f"the device is {self._device.type}"]
+        if self._device.type == "cuda":
+            refused = DecodeGraphs.refused(attention, Sampler(self._spec.eos_token_ids, self._device))
+        if wanted and refused:
+            raise ConfigError(
+                f"--cuda-graphs asks that decode steps are replayed as CUDA graphs, but {', '.join(refused)}",
+                "name another --decode-attention, or leave --cuda-graphs out to use them where they are allowed",
+            )
+        limits = GraphLimits(self._config.scheduler.max_num_seqs, max_model_len, page_size, num_pages)
+        return limits, f"not in CUDA graphs everywhere: {', '.join(refused)}" if refused else "in CUDA graphs"
 
     def _choose_attention(self) -> tuple[Attention, int, list[AttentionChoice]]:
         """Attention that has passed its self-test, its page size, and how each backend was chosen."""

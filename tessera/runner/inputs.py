@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tessera.attention.contract import Batch, Phase
+from tessera.runner.page_table import PageTable
+from tessera.runner.transfer import Array, to_device
 from tessera.types import Sequence, Step
 
 
@@ -26,85 +29,146 @@ class StepInputs:
     batches: dict[Phase, tuple[slice, Batch]]
     """The tokens of each phase, and its sequences."""
     first_rows: dict[Sequence, int]
-    """Row of each sequence's first token."""
+    """Row of the first token of each sequence that wants logprobs of its prompt."""
     sampling: list[Sequence]
     """Sequences whose next token is sampled, in the order of `sampling_rows`."""
     sampling_rows: Tensor
     """[sampling] int64: row of each one's last token."""
 
 
+@dataclass(frozen=True)
+class HostInputs:
+    """A step as arrays; a token's sequences stand as in the step."""
+
+    q_lens: NDArray[np.int64]
+    """[sequences] tokens that are new."""
+    kv_lens: NDArray[np.int64]
+    """[sequences] tokens that are in the cache afterwards."""
+    token_ids: NDArray[np.int64]
+    """[tokens], 0 where one is pending."""
+    sources: NDArray[np.int64]
+    """[tokens] where a pending token stands in what the step before sampled, -1 for a known one."""
+    positions: NDArray[np.int64]
+    """[tokens]"""
+    slots: NDArray[np.int64]
+    """[tokens]"""
+    table: NDArray[np.int32]
+    """[sequences, most pages or more]"""
+    samples: NDArray[np.bool_]
+    """[sequences] whether the next token is sampled."""
+
+
+class LastSampled(NamedTuple):
+    """What the step before sampled, on the device."""
+
+    rows: dict[Sequence, int]
+    token_ids: Tensor
+    """[rows or more] int64"""
+
+
 class InputBuilder:
-    """Turns a step over pools of `num_pages` into tensors on `device`."""
+    """Turns steps over pools of `num_pages` into tensors on `device`, one step after another."""
 
     def __init__(self, num_pages: int, page_size: int, device: torch.device) -> None:
         self._num_pages, self._page_size, self._device = num_pages, page_size, device
+        self._page_table = PageTable()
 
-    def build(self, step: Step) -> StepInputs:
-        """The step's tokens, decodes first, each phase with its batch."""
+    def build(self, step: Step, last: LastSampled | None = None) -> StepInputs:
+        """The step's tokens, decodes first, each phase with its batch.
+
+        last  where tokens are that are pending: of the step before this one
+        """
+        return self.bring_over(step, self.build_on_host(step, last), last)
+
+    def bring_over(self, step: Step, host: HostInputs, last: LastSampled | None) -> StepInputs:
+        """What `build_on_host` made of a step, on the device."""
+        q_lens, cu_q_lens = host.q_lens, np.concatenate([[0], np.cumsum(host.q_lens)])
+        rows = cu_q_lens[1:][host.samples] - 1
+        parts = _parts(q_lens)
+        arrays: list[Array] = [host.token_ids, host.positions, host.slots, rows, *_pending(host)]
+        for part in parts.values():
+            most_pages = -(-int(host.kv_lens[part].max()) // self._page_size)
+            arrays.append((cu_q_lens[part.start : part.stop + 1] - cu_q_lens[part.start]).astype(np.int32))
+            arrays += [host.kv_lens[part].astype(np.int32), np.ascontiguousarray(host.table[part, :most_pages])]
+        token_ids, positions, slots, sampling_rows, targets, sources, *rest = to_device(arrays, self._device)
+        if len(targets):
+            assert last is not None
+            token_ids = token_ids.index_copy(0, targets, last.token_ids[sources])
+        batches: dict[Phase, tuple[slice, Batch]] = {}
+        for number, (phase, part) in enumerate(parts.items()):
+            batch = self._batch(host, part, *rest[3 * number : 3 * number + 3])
+            batches[phase] = slice(int(cu_q_lens[part.start]), int(cu_q_lens[part.stop])), batch
+        first_rows = {s: int(row) for s, row in zip(step.num_tokens, cu_q_lens) if s.wants_prompt_logprobs}
+        return StepInputs(token_ids, positions, slots, batches, first_rows, step.sampling, sampling_rows)
+
+    def build_on_host(self, step: Step, last: LastSampled | None = None) -> HostInputs:
+        """A step as arrays, before any of it goes to the device; they last until the next step's."""
         sequences = list(step.num_tokens)
         q_lens = np.fromiter(step.num_tokens.values(), np.int64, len(sequences))
-        starts = np.fromiter((s.num_computed_tokens for s in sequences), np.int64, len(sequences))
-        ends = starts + q_lens
-        cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)])
-        positions = np.arange(cu_q_lens[-1]) - np.repeat(cu_q_lens[:-1] - starts, q_lens)
-        page_table = _page_table(sequences)
-        rows = np.repeat(np.arange(len(sequences)), q_lens)
-        pages = page_table[rows, positions // self._page_size].astype(np.int64)
-        sampling = [s for s in sequences if step.samples(s)]
-        last_rows = {s: int(row) - 1 for s, row in zip(sequences, cu_q_lens[1:])}
-        return StepInputs(
-            token_ids=self._to_device(_token_ids(sequences, starts, ends)),
-            positions=self._to_device(positions),
-            slots=self._to_device(pages * self._page_size + positions % self._page_size),
-            batches=self._batches(q_lens, ends, cu_q_lens, page_table),
-            first_rows={s: int(row) for s, row in zip(sequences, cu_q_lens)},
-            sampling=sampling,
-            sampling_rows=self._to_device(np.array([last_rows[s] for s in sampling], np.int64)),
+        starts = np.fromiter(step.starts.values(), np.int64, len(sequences))
+        table = self._page_table.of(sequences)
+        if (q_lens == 1).all():
+            rows, positions = np.arange(len(sequences)), starts
+        else:
+            rows = np.repeat(np.arange(len(sequences)), q_lens)
+            positions = np.arange(len(rows)) - np.repeat(np.cumsum(q_lens) - q_lens - starts, q_lens)
+        pages = table[rows, positions // self._page_size].astype(np.int64)
+        token_ids, sources = _token_ids(step, q_lens, starts, last)
+        ends = np.fromiter((s.num_tokens for s in sequences), np.int64, len(sequences))
+        return HostInputs(
+            q_lens=q_lens,
+            kv_lens=starts + q_lens,
+            token_ids=token_ids,
+            sources=sources,
+            positions=positions,
+            slots=pages * self._page_size + positions % self._page_size,
+            table=table,
+            samples=starts + q_lens == ends,
         )
 
-    def _batches(
-        self, q_lens: NDArray[np.int64], kv_lens: NDArray[np.int64], cu: NDArray[np.int64], table: NDArray[np.int32]
-    ) -> dict[Phase, tuple[slice, Batch]]:
-        num_decodes = int((q_lens == 1).sum())  # they stand first
-        parts = {Phase.DECODE: slice(0, num_decodes), Phase.PREFILL: slice(num_decodes, len(q_lens))}
-        return {
-            phase: (
-                slice(int(cu[part.start]), int(cu[part.stop])),
-                self._batch(q_lens[part], kv_lens[part], table[part]),
-            )
-            for phase, part in parts.items()
-            if part.stop > part.start
-        }
-
-    def _batch(self, q_lens: NDArray[np.int64], kv_lens: NDArray[np.int64], table: NDArray[np.int32]) -> Batch:
-        cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
-        most_pages = -(-int(kv_lens.max()) // self._page_size)
+    def _batch(self, host: HostInputs, part: slice, cu_q_lens: Tensor, kv_lens: Tensor, table: Tensor) -> Batch:
+        q_lens_cpu, kv_lens_cpu = host.q_lens[part].tolist(), host.kv_lens[part].tolist()
         return Batch(
-            q_lens_cpu=q_lens.tolist(),
-            kv_lens_cpu=kv_lens.tolist(),
-            cu_q_lens=self._to_device(cu_q_lens),
-            kv_lens=self._to_device(kv_lens.astype(np.int32)),
-            page_table=self._to_device(np.ascontiguousarray(table[:, :most_pages])),
-            max_q_len=int(q_lens.max()),
-            max_kv_len=int(kv_lens.max()),
+            q_lens_cpu=q_lens_cpu,
+            kv_lens_cpu=kv_lens_cpu,
+            cu_q_lens=cu_q_lens,
+            kv_lens=kv_lens,
+            page_table=table,
+            max_q_len=max(q_lens_cpu),
+            max_kv_len=max(kv_lens_cpu),
             num_pages=self._num_pages,
         )
 
-    def _to_device(self, array: NDArray[np.int64] | NDArray[np.int32]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self._device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+def _parts(q_lens: NDArray[np.int64]) -> dict[Phase, slice]:
+    """The sequences of each phase that is there."""
+    num_decodes = int((q_lens == 1).sum())  # they stand first
+    parts = {Phase.DECODE: slice(0, num_decodes), Phase.PREFILL: slice(num_decodes, len(q_lens))}
+    return {phase: part for phase, part in parts.items() if part.stop > part.start}
 
 
-def _token_ids(sequences: list[Sequence], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    parts = [s.token_ids[start:end] for s, start, end in zip(sequences, starts.tolist(), ends.tolist())]
-    return np.array([token_id for part in parts for token_id in part], np.int64)
+def _token_ids(
+    step: Step, q_lens: NDArray[np.int64], starts: NDArray[np.int64], last: LastSampled | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """[tokens] the token ids, 0 where one is pending; [tokens] where those stand in `last`, -1 for all others."""
+    token_ids: list[int] = []
+    pending: list[tuple[int, int]] = []
+    for sequence, start, count in zip(step.num_tokens, starts.tolist(), q_lens.tolist()):
+        known = sequence.token_ids
+        if start + count <= len(known):
+            token_ids += known[start : start + count] if count > 1 else (known[start],)
+            continue
+        assert last is not None and sequence.num_pending == 1, "a token is pending that no step before has sampled"
+        token_ids += [*known[start:], 0]
+        pending.append((len(token_ids) - 1, last.rows[sequence]))
+    sources = np.full(len(token_ids), -1, np.int64)
+    if pending:
+        targets, rows = np.array(pending, np.int64).T
+        sources[targets] = rows
+    return np.array(token_ids, np.int64), sources
 
 
-def _page_table(sequences: list[Sequence]) -> NDArray[np.int32]:
-    """[sequences, most pages] int32, zero where a sequence has no page."""
-    table = np.zeros((len(sequences), max(len(s.pages) for s in sequences)), np.int32)
-    for row, sequence in zip(table, sequences):
-        row[: len(sequence.pages)] = sequence.pages
-    return table
+def _pending(host: HostInputs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The tokens that are pending, and where each stands in what the step before sampled."""
+    targets = np.nonzero(host.sources >= 0)[0]
+    return targets, host.sources[targets]

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tessera.kernels.fused import fused_on
+from tessera.runner.transfer import HostCopy, to_device
 from tessera.types import Sequence, TokenLogprobs
 
 _TOP_P_SHORTLIST = 1024
@@ -39,8 +42,8 @@ class Sampler:
 
             self._sample_fused = sample
 
-    def sample(self, logits: Tensor, sequences: Items[Sequence]) -> tuple[list[int], dict[Sequence, TokenLogprobs]]:
-        """The sampled token ids, and logprobs of the sequences that asked for them.
+    def sample(self, logits: Tensor, sequences: Items[Sequence]) -> Sampled:
+        """Sample one token a row, and measure logprobs for the sequences that asked for them.
 
         logits  [sequences, vocab] float32; overwritten
         """
@@ -51,11 +54,10 @@ class Sampler:
                 self._adjust(logits[row], sequence)
         token_ids = self._choose(logits, sequences)
         if logprobs is None:
-            return token_ids, {}
-        chosen = [token_ids[row] for row, _ in wanting]
-        tops = [s.params.logprobs or 0 for _, s in wanting]
-        found = token_logprobs(logprobs, chosen, tops)
-        return token_ids, {sequence: entry for (_, sequence), entry in zip(wanting, found)}
+            return Sampled(token_ids, sequences)
+        chosen = token_ids[[row for row, _ in wanting]] if len(wanting) < len(sequences) else token_ids
+        tops = {sequence: sequence.params.logprobs or 0 for _, sequence in wanting}
+        return Sampled(token_ids, sequences, tops, measure_logprobs(logprobs, chosen, max(tops.values())))
 
     def _adjust(self, row: Tensor, sequence: Sequence) -> None:
         """Apply bias, penalties and `min_tokens` to one row of logits, in place."""
@@ -69,42 +71,81 @@ class Sampler:
             held_back = params.stop_token_ids + ([] if params.ignore_eos else self._eos_token_ids)
             row[held_back] = -torch.inf
 
-    def _choose(self, logits: Tensor, sequences: Items[Sequence]) -> list[int]:
+    def _choose(self, logits: Tensor, sequences: Items[Sequence]) -> Tensor:
+        """[sequences] int64 token ids"""
         if self.fused:
-            return _as_ids(self._sample_fused(logits, parameters(sequences, logits.device)))
+            (table,) = to_device([parameters(sequences)], logits.device)
+            return self.choose_fused(logits, table)
         random = [row for row, s in enumerate(sequences) if not s.params.greedy]
-        if not random:
-            return _as_ids(logits.argmax(-1))
         chosen = logits.argmax(-1)
-        rows = random if len(random) < len(sequences) else slice(None)
-        chosen[rows] = _sample_random(logits[rows], [sequences[row] for row in random])
-        return _as_ids(chosen)
+        if random:
+            rows = random if len(random) < len(sequences) else slice(None)
+            chosen[rows] = _sample_random(logits[rows], [sequences[row] for row in random])
+        return chosen
+
+    def choose_fused(self, logits: Tensor, table: Tensor) -> Tensor:
+        """[rows] int64 token ids, by the kernel; logits are left as they are. For a `fused` sampler only.
+
+        table  [rows, 5] float64: see `parameters`
+        """
+        return self._sample_fused(logits, table)
 
 
-def parameters(sequences: Items[Sequence], device: torch.device) -> Tensor:
-    """[sequences, 5] float64: what `kernels.sampling.sample` is told about each row, brought over in one copy."""
-    rows = [
-        (0.0 if p.greedy else p.temperature, p.top_k, p.top_p, p.min_p, uniform(s.seed, s.num_output_tokens))
-        for s in sequences
-        for p in (s.params,)
-    ]
-    table = torch.tensor(rows, dtype=torch.float64)
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+class Sampled:
+    """What was sampled, on the device, and on its way to the host.
 
-
-def token_logprobs(logprobs: Tensor, token_ids: Items[int], tops: Items[int]) -> list[TokenLogprobs]:
-    """One entry a row: the log-probability and rank of its token, and its `tops[row]` most likely tokens.
-
-    logprobs  [rows, vocab]
+    tops  of each sequence that wants logprobs, how many of the most likely tokens
     """
-    ids = torch.tensor(token_ids, device=logprobs.device)
-    own = logprobs.gather(1, ids[:, None])
-    ranks = _as_ids((logprobs > own).sum(-1) + 1)
-    values, indices = (part.tolist() for part in logprobs.topk(max(1, *tops)))
+
+    def __init__(
+        self,
+        token_ids: Tensor,
+        sequences: Items[Sequence],
+        tops: dict[Sequence, int] | None = None,
+        logprobs: tuple[Tensor, ...] = (),
+    ) -> None:
+        self.token_ids = token_ids
+        self._sequences, self._tops = sequences, tops or {}
+        self._copy = HostCopy([token_ids, *logprobs])
+
+    def result(self) -> tuple[dict[Sequence, int], dict[Sequence, TokenLogprobs]]:
+        """The token ids, and logprobs of the sequences that asked for them; waits for the device."""
+        token_ids, *logprobs = self._copy.wait()
+        chosen: dict[Sequence, int] = dict(zip(self._sequences, token_ids.tolist()))
+        entries = logprob_entries([chosen[s] for s in self._tops], logprobs, list(self._tops.values()))
+        return chosen, dict(zip(self._tops, entries))
+
+
+def parameters(sequences: Items[Sequence]) -> NDArray[np.float64]:
+    """[sequences, 5] float64: what `kernels.sampling.sample` is told about each row."""
+    table = np.zeros((len(sequences), 5))
+    for row, sequence in enumerate(sequences):
+        params = sequence.params
+        if not params.greedy:
+            draw = uniform(sequence.seed, sequence.num_output_tokens)
+            table[row] = params.temperature, params.top_k, params.top_p, params.min_p, draw
+    return table
+
+
+def measure_logprobs(logprobs: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each row, on the device: its token's log-probability and rank, and the most likely ones, and their ids.
+
+    logprobs   [rows, vocab]
+    token_ids  [rows] int64
+    """
+    own = logprobs.gather(1, token_ids[:, None])
+    values, ids = logprobs.topk(max(1, num_top))
+    return own[:, 0], (logprobs > own).sum(-1) + 1, values, ids
+
+
+def logprob_entries(token_ids: Items[int], measured: Items[Tensor], tops: Items[int]) -> list[TokenLogprobs]:
+    """One entry a row of what `measure_logprobs` found, on the host, with as many of the most likely as `tops` says."""
+    if not token_ids:
+        return []
     return [
-        TokenLogprobs(token_id, logprob, rank, list(zip(top_ids[:top], top_values[:top])))
-        for token_id, logprob, rank, top, top_ids, top_values in zip(
-            token_ids, own[:, 0].tolist(), ranks, tops, indices, values
+        TokenLogprobs(token_id, logprob, rank, list(zip(top_ids[:top], values[:top])))
+        for token_id, top, logprob, rank, values, top_ids in zip(
+            token_ids, tops, *(tensor.tolist() for tensor in measured)
         )
     ]
 
@@ -126,6 +167,11 @@ def _mix64(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
     return value ^ (value >> 31)
+
+
+def is_plain(sequence: Sequence) -> bool:
+    """Whether a row's logits are sampled from as they are, and nothing but the token is asked."""
+    return sequence.params.logprobs is None and not _is_adjusted(sequence)
 
 
 def _is_adjusted(sequence: Sequence) -> bool:
@@ -181,7 +227,3 @@ def _truncation_floor(probs: Tensor, top_k: int, top_p: float) -> Tensor:
     before = top.cumsum(0) - top  # mass of the tokens ahead of each
     kept = (before < top_p * total).sum().clamp_(min=1)
     return top[kept - 1]
-
-
-def _as_ids(tensor: Tensor) -> list[int]:
-    return [int(value) for value in tensor.tolist()]

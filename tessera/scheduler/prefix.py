@@ -42,9 +42,9 @@ def find_prefix(sequence: Sequence, pool: PagePool, page_size: int) -> list[int]
     return found
 
 
-def remember_pages(sequence: Sequence, num_computed_before: int, pool: PagePool, page_size: int) -> None:
-    """Let the pages that `sequence` has filled since `num_computed_before` be found by later sequences."""
-    first, last = num_computed_before // page_size, sequence.num_computed_tokens // page_size
+def remember_pages(sequence: Sequence, start: int, end: int, pool: PagePool, page_size: int) -> None:
+    """Let the pages that tokens `[start, end)` of `sequence` have filled be found by later sequences."""
+    first, last = start // page_size, end // page_size
     if first == last:
         return
     extend_hashes(sequence, last, page_size)

@@ -35,8 +35,11 @@ class SchedulerCounters:
 class Scheduler:
     """Decides which tokens the next step computes.
 
-    Host code only: no tensors, no clock, no device. State changes in `add`, `abort`, `schedule` and
-    `commit` and nowhere else: a page that `schedule` reserves, `commit` keeps or gives back.
+    Host code only: no tensors, no clock, no device. State changes in `add`, `abort`, `schedule`, `begin` and
+    `commit` and nowhere else: a page that `schedule` reserves, `commit` keeps or gives back. Between `begin` and
+    `commit` of a step one more may be scheduled and begun: what the first samples is pending until then, a sequence
+    that it finishes is in the second for nothing, and its pages may be given to others at once, since a device
+    computes steps in the order in which they begin.
     Sequences run in order of arrival. Where pages run out the youngest gives all of its own back and
     is computed again later (preemption by recomputation), so the oldest always goes on; one sequence of
     `max_model_len` must fit into the pool.
@@ -51,6 +54,8 @@ class Scheduler:
         self._max_running = min(limits.max_num_seqs, limits.max_num_batched_tokens)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._demanding: set[Sequence] = set()
+        """Of all sequences those that may need results: few, while a step looks at them every time."""
 
     @property
     def num_running(self) -> int:
@@ -65,6 +70,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind all others; its prompt has to fit `max_model_len` (the engine checks)."""
         self._waiting.append(sequence)
+        if sequence.needs_results:
+            self._demanding.add(sequence)
 
     def abort(self, request_id: str, index: int | None = None) -> bool:
         """Forget the request's sequences (or only number `index`) and free their pages; says if there were any."""
@@ -72,7 +79,7 @@ class Scheduler:
         for queue in (self._running, self._waiting):
             for sequence in [s for s in queue if s.request_id == request_id and index in (None, s.index)]:
                 queue.remove(sequence)
-                self._release(sequence)
+                self._finish(sequence)
                 found = True
         return found
 
@@ -88,16 +95,31 @@ class Scheduler:
         decodes = {s: n for s, n in plan.items() if n == 1}
         return Step(decodes | plan)
 
+    def begin(self, step: Step) -> None:
+        """Take note that the device has been given a step: its tokens count as computed, what it samples as pending."""
+        for sequence, num_tokens in step.num_tokens.items():
+            sequence.num_computed_tokens += num_tokens
+        for sequence in step.sampling:
+            sequence.num_pending += 1
+
     def commit(self, step: Step, result: StepResult) -> list[Output]:
-        """Take in what a step found: new tokens, finished sequences, pages that others may share."""
+        """Take in what a step that has begun found: new tokens, finished sequences, pages that others may share."""
         outputs: list[Output] = []
         for sequence, num_tokens in step.num_tokens.items():
-            sampled = step.samples(sequence)
-            self._advance(sequence, num_tokens)
+            if sequence.finished:
+                continue
             sequence.prompt_logprobs += result.prompt_logprobs.get(sequence, [])
-            if sampled:
+            if self.limits.prefix_caching and sequence.pages:  # a sequence preempted since holds none
+                start = step.starts[sequence]
+                remember_pages(sequence, start, start + num_tokens, self.pool, self.limits.page_size)
+            if sequence in result.token_ids:
                 outputs.append(self._append(sequence, result))
         return outputs
+
+    @property
+    def needs_results(self) -> bool:
+        """Whether some running sequence's next step cannot be prepared while results are out."""
+        return any(sequence.needs_results and sequence.pages for sequence in self._demanding)
 
     def sequences(self) -> Iterator[Sequence]:
         """Every sequence that is running or waiting."""
@@ -112,16 +134,21 @@ class Scheduler:
 
     def _schedule_running(self, plan: dict[Sequence, int]) -> bool:
         """Plan the running sequences, decodes before prompt chunks; says whether any had to be preempted."""
-        budget, preempted = self.limits.max_num_batched_tokens, False
-        remaining = {s: len(s.token_ids) - s.num_computed_tokens for s in self._running}
-        for sequence in sorted(self._running, key=lambda s: remaining[s] > 1):  # stable: by arrival within each
-            if sequence not in self._running:
-                continue  # preempted for an older one
+        budget, preempted = self.limits.max_num_batched_tokens, set[Sequence]()
+        remaining = {
+            s: len(s.token_ids) + s.num_pending - s.num_computed_tokens
+            for s in self._running
+            if not (s.num_pending and self._is_full(s))
+        }
+        prompts = [sequence for sequence, count in remaining.items() if count > 1]
+        for sequence in [*(s for s, count in remaining.items() if count == 1), *prompts]:
+            if sequence in preempted:
+                continue  # for an older one
             num_tokens = min(remaining[sequence], budget)
             if num_tokens == 0:
                 continue
             while (victim := self._reserve_or_victim(sequence, num_tokens)) is not None:
-                preempted = True
+                preempted.add(victim)
                 budget += plan.pop(victim, 0)
                 self._preempt(victim)
                 if victim is sequence:
@@ -129,14 +156,22 @@ class Scheduler:
             else:
                 plan[sequence] = num_tokens
                 budget -= num_tokens
-        return preempted
+        return bool(preempted)
+
+    def _is_full(self, sequence: Sequence) -> bool:
+        """Whether the pending token of a sequence is the last that it may have, whatever it turns out to be."""
+        most = sequence.params.max_tokens
+        full = most is not None and sequence.num_output_tokens >= max(most, 1)
+        return full or sequence.num_tokens >= self.limits.max_model_len
 
     def _reserve_or_victim(self, sequence: Sequence, num_tokens: int) -> Sequence | None:
         """Give `sequence` pages for its next tokens; where there are too few, who has to go first."""
         missing = self._num_pages(sequence.num_computed_tokens + num_tokens) - len(sequence.pages)
+        if missing <= 0:
+            return None
         if missing > self.pool.num_available:
             return self._running[-1]
-        sequence.pages += self.pool.take(max(0, missing))
+        sequence.pages += self.pool.take(missing)
         return None
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -178,24 +213,19 @@ class Scheduler:
             self.counters.cached_prompt_tokens += sequence.num_cached_tokens
             self.counters.prompt_tokens += sequence.num_prompt_tokens
 
-    def _advance(self, sequence: Sequence, num_tokens: int) -> None:
-        before = sequence.num_computed_tokens
-        sequence.num_computed_tokens += num_tokens
-        if self.limits.prefix_caching:
-            remember_pages(sequence, before, self.pool, self.limits.page_size)
-
     def _append(self, sequence: Sequence, result: StepResult) -> Output:
         """Add the sampled token, or find that none was wanted, and say what became of the sequence."""
         wanted = sequence.params.max_tokens != 0
         token_id = result.token_ids[sequence]
-        first = sequence.num_output_tokens == 0
+        first = len(sequence.token_ids) == sequence.num_prompt_tokens
+        sequence.num_pending -= 1
         if wanted:
             sequence.token_ids.append(token_id)
             self.counters.generated_tokens += 1
         reason = self._finish_reason(sequence)
         if reason is not None:
-            self._running.remove(sequence)
-            self._release(sequence)
+            (self._running if sequence.pages else self._waiting).remove(sequence)
+            self._finish(sequence)
         return Output(
             request_id=sequence.request_id,
             index=sequence.index,
@@ -208,7 +238,7 @@ class Scheduler:
         )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        params, num_output = sequence.params, sequence.num_output_tokens
+        params, num_output = sequence.params, len(sequence.token_ids) - sequence.num_prompt_tokens
         if num_output >= max(params.min_tokens, 1):
             last = sequence.token_ids[-1]
             if last in params.stop_token_ids or (last in self._eos_token_ids and not params.ignore_eos):
@@ -216,6 +246,11 @@ class Scheduler:
         if num_output == params.max_tokens or len(sequence.token_ids) >= self.limits.max_model_len:
             return "length"
         return None
+
+    def _finish(self, sequence: Sequence) -> None:
+        sequence.finished = True
+        self._demanding.discard(sequence)
+        self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)

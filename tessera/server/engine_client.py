@@ -50,6 +50,11 @@ class OutputStream:
         """Sequences of which more is to come."""
         return len(self._unfinished)
 
+    @property
+    def has_waiting(self) -> bool:
+        """Whether the next output is here already."""
+        return any((output.request_id, output.index) in self._unfinished for output in self._outputs)
+
     def __enter__(self) -> OutputStream:
         return self
 
@@ -127,7 +132,7 @@ class EngineClient:
         self.info = _info_of(first.result())
         self.status = EngineStatus(pages_total=self.info.num_pages, pages_free=self.info.num_pages)
         self._last_heard = time.monotonic()
-        receiving = (self._receive(self._socket.receive), self._receive(self._socket.receive_beat))
+        receiving = (self._receive(self._socket.receive_all), self._receive(self._socket.receive_beat))
         self._tasks = [asyncio.create_task(part) for part in (*receiving, self._watch(), self._wait(exit_code))]
         for task in self._tasks:
             task.add_done_callback(self._on_end)
@@ -213,9 +218,10 @@ class EngineClient:
         await self._socket.send(ipc.Start(self.config, log_level))
         return await self._socket.receive()
 
-    async def _receive(self, next_message: Callable[[], Awaitable[ipc.FromEngine]]) -> None:
+    async def _receive(self, next_messages: Callable[[], Awaitable[list[ipc.FromEngine]]]) -> None:
         while True:
-            self._take(await next_message())
+            for message in await next_messages():
+                self._take(message)
 
     def _take(self, message: ipc.FromEngine) -> None:
         self._last_heard = time.monotonic()

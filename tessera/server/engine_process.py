@@ -15,6 +15,7 @@ from typing import Protocol
 
 from tessera import log
 from tessera.config import EngineConfig
+from tessera.engine.garbage import keep_what_is_there
 from tessera.errors import RequestError, TesseraError
 from tessera.log import logger
 from tessera.server import ipc
@@ -58,7 +59,7 @@ def run(address: str) -> int:
         engine = start(socket)
         if engine is None:
             return 1
-        with Pulse(address) as pulse:
+        with Pulse(address) as pulse, keep_what_is_there():
             return serve(engine, socket, pulse)
     finally:
         socket.close()

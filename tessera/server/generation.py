@@ -9,13 +9,15 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from tessera.engine.check import check_max_tokens, check_request
-from tessera.errors import EngineDeadError, RequestError
+from tessera.errors import EngineDeadError, RequestError, TesseraError
 from tessera.server.engine_client import EngineClient
 from tessera.server.replies import PromptTokensDetails, Usage
 from tessera.server.service import Service
 from tessera.text.request_text import RequestText
-from tessera.types import EngineInfo, FinishReason, Request, SamplingParams, TokenLogprobs
+from tessera.types import EngineInfo, FinishReason, Output, Request, SamplingParams, TokenLogprobs
 
+MAX_HELD = 64
+"""Outputs that become pieces together: more would keep other calls waiting."""
 MAX_PROMPT_LOGPROBS = 2**18
 """Most entries that the prompt logprobs of one call may have: tokens times the entries of each."""
 
@@ -124,24 +126,48 @@ class Generation:
         self._stream.__exit__(kind, error, at)
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Text as it comes, of all choices mixed; the last piece of each has a finish_reason."""
-        async for output in self._stream:
-            place = self._places[output.request_id]
-            delta = self._texts[output.request_id].feed(output)
-            self._num_cached[place] = max(self._num_cached[place], output.num_cached_tokens)
-            if delta.abort:
-                self._stream.stop(output.request_id, output.index)
-            if delta.finish_reason == "abort":
-                raise EngineDeadError("the engine gave the request up")
-            yield Piece(
-                place * self.requests[place].params.n + output.index,
-                delta.text,
-                delta.token_ids,
-                delta.logprobs or [],
-                delta.prompt_logprobs,
-                delta.finish_reason,
-                delta.stop_reason,
-            )
+        """Text as it comes, of all choices mixed; the last piece of each has a finish_reason.
+
+        Tokens of a choice that wait together are one piece: so a server that is behind its engine catches up.
+        """
+        held: dict[int, Piece] = {}
+        num_held = 0
+        try:
+            async for output in self._stream:
+                piece = self._take(output)
+                if piece.choice in held:
+                    held[piece.choice].append(piece)
+                else:
+                    held[piece.choice] = piece
+                num_held += 1
+                if num_held == MAX_HELD or not self._stream.has_waiting:
+                    for each in held.values():
+                        yield each
+                    held, num_held = {}, 0
+        except TesseraError:
+            for each in held.values():
+                yield each
+            raise
+        for each in held.values():
+            yield each
+
+    def _take(self, output: Output) -> Piece:
+        place = self._places[output.request_id]
+        delta = self._texts[output.request_id].feed(output)
+        self._num_cached[place] = max(self._num_cached[place], output.num_cached_tokens)
+        if delta.abort:
+            self._stream.stop(output.request_id, output.index)
+        if delta.finish_reason == "abort":
+            raise EngineDeadError("the engine gave the request up")
+        return Piece(
+            place * self.requests[place].params.n + output.index,
+            delta.text,
+            delta.token_ids,
+            delta.logprobs or [],
+            delta.prompt_logprobs,
+            delta.finish_reason,
+            delta.stop_reason,
+        )
 
     async def answers(self) -> list[Piece]:
         """The whole text of every choice, in order."""

@@ -10,6 +10,7 @@ import asyncio
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
@@ -175,10 +176,18 @@ class ApiSocket:
         message: FromEngine = decode_from_engine(await self._socket.recv())
         return message
 
-    async def receive_beat(self) -> FromEngine:
+    async def receive_all(self) -> list[FromEngine]:
+        """The engine's next message, and all that wait behind it: the engine does not wait for this process."""
+        messages: list[FromEngine] = [await self.receive()]
+        while True:
+            waiting: Any = self._socket.recv(flags=zmq.NOBLOCK)  # a future that is done at once
+            if waiting.exception() is not None:
+                return messages
+            messages.append(decode_from_engine(waiting.result()))
+
+    async def receive_beat(self) -> list[FromEngine]:
         """The engine's next sign of life."""
-        message: FromEngine = decode_from_engine(await self._pulse.recv())
-        return message
+        return [decode_from_engine(await self._pulse.recv())]
 
     def close(self) -> None:
         """Close the sockets and remove its directory; calling it twice is harmless."""

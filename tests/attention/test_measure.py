@@ -174,7 +174,7 @@ def test_reading_a_measurement_takes_less_than_a_tenth_of_a_second() -> None:
     assert time.process_time() - started < 0.1
 
 
-@pytest.mark.parametrize("damage", ["", "{", "\xff", '{"key": {}, "measured": {"buckets": []}}', '{"key": 3}'])
+@pytest.mark.parametrize("damage", ["", "{", "\xff", '{"key": {}, "found": {"buckets": []}}', '{"key": 3}'])
 def test_a_damaged_measurement_is_made_anew_and_said(
     folder: Path, timed: list[Phase], caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
@@ -218,8 +218,8 @@ def test_the_key_changes_with_everything_it_depends_on(monkeypatch: pytest.Monke
     assert key() == keys[0]
     for module, name, value in (
         (prove, "version", lambda package: f"{package} 999"),
-        (cache, "_device", lambda _: "another processor"),
-        (cache, "_code_digest", lambda: "another"),
+        (cache, "machine", lambda _: {"device": "another processor"}),
+        (cache, "code_digest", lambda _: "another"),
         (torch, "get_num_threads", lambda: 77),
     ):
         with pytest.MonkeyPatch.context() as patch:

@@ -16,6 +16,8 @@ from tessera.bench.served.words import WORDS
 NUM_ADDED = {"/v1/completions": 1, "/v1/chat/completions": 7}
 """What is added to a text, and to a message."""
 LONG_WORDS = ("government", "president")
+SPREAD = (0.8, 0.9, 1.05, 1.2)
+"""Of SLOW_TTFT_S, in turn."""
 PLAIN_ANSWER = fake_server.answer
 
 
@@ -29,6 +31,14 @@ class CountingText(Text):
     def __init__(self, mode: str, body: dict[str, Any], mine: fake_server.Answer, out: Writer, *, chat: bool) -> None:
         super().__init__(mode, body, mine, out, chat=chat)
         self.random = random.Random(repr(body.get("prompt") or body.get("messages")))
+        self.place = sum(each.mode == mode for each in fake_server.RECORD)
+
+    async def sleep(self, seconds: float) -> None:
+        """In `slow`, the first tokens of any four answers in a row come 10% and more of SLOW_TTFT_S apart."""
+        if self.mode == "slow" and not self.num_sent:
+            await asyncio.sleep(seconds * SPREAD[self.place % len(SPREAD)])
+        else:
+            await super().sleep(seconds)
 
     def usage(self) -> dict[str, Any]:
         prompt = self.body.get("prompt", "")

@@ -15,10 +15,14 @@ from tessera.bench.provenance import provenance
 from tessera.bench.record import Conditions, Record, Subject, read
 from tessera.cli import main
 
+NUM_CORES = 2
 URL = "--url=x=http://127.0.0.1:9/v1"
 BAD = {
     "--concurrency=two": ("--concurrency has 'two'", "--concurrency"),
     "--concurrency=0": ("0, which is not between 1 and 4096", "--concurrency"),
+    "--client-processes=-1": ("client_processes must be a whole number from 0", "--client-processes"),
+    "--client-processes=3": (f"--client-processes 3 is more than the {NUM_CORES} cores", f"use {NUM_CORES} at most"),
+    "--client-processes=2 --concurrency=1": ("2 is more than the 1 requests at once", "use 1 at most"),
     "--concurrency=2,2": ("has a number twice", "--repeats"),
     "--input-lens=-1": ("-1, which is not between", "--input-lens"),
     "--input-lens=": ("--input-lens has ''", "--input-lens"),
@@ -43,7 +47,8 @@ def test_bad_input_is_a_sentence_and_a_hint(
     flag: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["bench", "api", URL, flag]) == 2
+    monkeypatch.setattr("tessera.bench.served.processes.num_cores", lambda: NUM_CORES)
+    assert main(["bench", "api", URL, *flag.split()]) == 2
     said = capsys.readouterr().err
     problem, hint = BAD[flag]
     assert problem in said.partition("hint: ")[0] and hint in said.partition("hint: ")[2]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
-from tessera.bench.served.client import Load, Reply
 from tessera.bench.served.latency import (
     Promise,
     bottleneck,
+    client_figures,
     due_ttft_ms,
     e2e_ms,
     goodput,
@@ -22,6 +23,7 @@ from tessera.bench.served.latency import (
     ttft_ms,
     wrong_lengths,
 )
+from tessera.bench.served.load import Load, Reply
 from tessera.bench.served.rows import device_type
 from tessera.types import EngineInfo
 
@@ -62,8 +64,41 @@ def test_a_summary_has_the_mean_and_three_percentiles() -> None:
     assert summary("x", []) == {}
 
 
-def test_the_bottleneck_is_told_by_processor_time_or_lag() -> None:
-    replies = [_reply([0.1, 0.2])]
-    assert bottleneck(Load(replies, 1, client_cpu=0.79, lag_s=0.0099)) == ""
-    assert "81% of a core" in bottleneck(Load(replies, 1, client_cpu=0.81, lag_s=0))
-    assert "10.1 ms late, with a median TTFT of 100.0 ms" in bottleneck(Load(replies, 1, client_cpu=0, lag_s=0.0101))
+def _sent_late(lates: list[float], *, cpu: float = 0.0, wake_s: Sequence[float] = (), error: str = "") -> str:
+    """What is said of calls sent so many seconds late, each with a TTFT of 100 ms and a gap of 50 ms."""
+    replies = [_reply([late + 0.1, late + 0.15], sent_s=late, error=error) for late in lates]
+    return bottleneck(Load(replies, 1, client_cpu=cpu, lag_s=max(lates), wake_s=list(wake_s)))
+
+
+def test_the_bottleneck_is_told_by_processor_time_lag_or_late_reading() -> None:
+    assert _sent_late([0.0099], cpu=0.79, wake_s=[0.0049]) == ""
+    assert "81% of a core" in _sent_late([0.0], cpu=0.81)
+    assert _sent_late([0.0101]).endswith("it sent calls 10.1 ms late (p50), with a TTFT of 100.0 ms there")
+    late_reading = _sent_late([0.0], wake_s=[0.0051])
+    assert late_reading.endswith("it noted arrivals after 5.1 ms (p50), with a gap between tokens of 50.0 ms")
+    assert _sent_late([0.0101], error="broken") == "", "failed replies are left out"
+
+
+def test_one_late_call_is_held_against_the_percentile_that_it_spoils() -> None:
+    """Two of a hundred are the 99th percentile's, one of a thousand is nobody's, half of all are the median's."""
+    assert "late (p99)" in _sent_late([0.0] * 98 + [0.1] * 2)
+    assert _sent_late([0.0] * 999 + [0.1]) == "" == _sent_late([0.0] * 58 + [0.1] * 2), "of 60 there is no p99"
+    assert "late (p90)" in _sent_late([0.0] * 80 + [0.02] * 20) and "late (p50)" in _sent_late([0.02] * 60)
+    assert "late (p90)" not in _sent_late([0.0] * 7 + [0.02] * 2) and "late (p50)" in _sent_late([0.02])
+    assert "noted arrivals after 40.0 ms (p99)" in _sent_late([0.0] * 100, wake_s=[0.0] * 98 + [0.04] * 2)
+
+
+def test_where_gaps_are_no_figure_late_reading_is_held_against_first_tokens() -> None:
+    load = Load([_reply([0.1, 0.15])], 1, client_cpu=0, lag_s=0, wake_s=[0.0051])
+    assert "gap between tokens of 50.0 ms" in bottleneck(load) and bottleneck(load, has_gaps=False) == ""
+    load = replace(load, wake_s=[0.0101])
+    assert bottleneck(load, has_gaps=False).endswith("it noted arrivals after 10.1 ms (p50), with a TTFT of 100.0 ms")
+
+
+def test_the_clients_own_figures_are_in_a_row() -> None:
+    replies = [_reply([1.0], sent_s=0.001 * i) for i in range(3)]
+    load = Load(replies, 1, 0.3, lag_s=0.002, wake_s=[0.004], client_cpu_total=0.5, num_processes=2)
+    told = client_figures(load)
+    assert (told["client_cpu"], told["client_cpu_total"], told["client_processes"]) == (0.3, 0.5, 2)
+    assert (told["client_lag_ms"], told["client_lag_ms_p50"]) == pytest.approx((2, 1))
+    assert told["client_wake_ms_p99"] == pytest.approx(4)

@@ -144,6 +144,13 @@ def test_our_own_server_is_measured_by_chats(server: ServerProcess) -> None:
     assert not any("prefix cache was warm" in row.subject.note for row in rows), "the template is the same in all"
 
 
+def test_a_replay_is_sent_by_the_processes_that_were_asked_for(tmp_path: Path, fake: Fake) -> None:
+    options = (*LOAD, "--repeats", "1", "--scales", "1", "--client-processes", "2")
+    code, [row], results = _bench(tmp_path, "--url", f"a={fake.url('quick')}", *options)
+    assert code == 0 and row.metrics["client_processes"] == 2 == results["results"][0]["client_processes"]
+    fake.record("quick")
+
+
 def test_a_request_that_takes_too_long_is_a_failure(tmp_path: Path, fake: Fake) -> None:
     options = (*LOAD, "--repeats", "1", "--scales", "1", "--request-timeout", "0.3", "--num-warmup", "0")
     code, [row], results = _bench(tmp_path, "--url", f"stall={fake.url('stall')}", *options)

@@ -10,7 +10,7 @@ import pytest
 from tessera.bench.benchmark import Done
 from tessera.bench.provenance import provenance
 from tessera.bench.record import Conditions, Record, Subject, Value
-from tessera.bench.served.client import Reply
+from tessera.bench.served.load import Reply
 from tessera.bench.served.servers import Server
 from tessera.bench.served.targets import OwnTarget
 from tessera.bench.subjects import Wanted

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 
 from tessera.attention.backends.triton import Triton
+from tessera.attention.backends.triton_choice import shipped
 from tessera.attention.backends.triton_decode import Decode, DecodePlan, TritonFlashDecoding, TritonPaged
-from tessera.attention.backends.triton_options import Options, choose_decode_options, device_resources
+from tessera.attention.backends.triton_options import Options, device_resources
 from tessera.attention.contract import Phase, Shape
 from tessera.attention.workloads import Case, Workload, make_batch, make_case
 from tessera.kernels.decode_shares import find_share, lengths_block, share_by_length
@@ -174,17 +175,22 @@ def test_the_rungs_share_out_as_their_names_say() -> None:
     assert own.shares.balanced
 
 
+def decode_options(shape: Shape, num_seqs: int, max_q_len: int = 1) -> Options:
+    """As shipped, on a device of 132 multiprocessors."""
+    return shipped(Phase.DECODE, shape, 227 << 10).in_decode(shape, 132, num_seqs, max_q_len)
+
+
 def test_options_follow_the_number_of_sequences_and_no_length() -> None:
     shape = replace(make_shape(torch.bfloat16), num_q_heads=32, num_kv_heads=8, head_dim=128)
-    few, many = (choose_decode_options(shape, 132, 227 << 10, num_seqs) for num_seqs in (8, 64))
+    few, many = (decode_options(shape, num_seqs) for num_seqs in (8, 64))
     assert (few.block_n, few.num_warps) == (64, 2)
     assert (many.block_n, many.num_warps) == (32, 1)
     small = replace(shape, num_q_heads=9, num_kv_heads=3, head_dim=64)
-    few, many = (choose_decode_options(small, 132, 227 << 10, num_seqs) for num_seqs in (1, 256))
+    few, many = (decode_options(small, num_seqs) for num_seqs in (1, 256))
     assert (few.block_n, many.block_n) == (128, 32)
     full = replace(shape, dtype=torch.float32)
-    assert choose_decode_options(full, 132, 227 << 10, 8) == choose_decode_options(full, 132, 227 << 10, 640)
-    drafts = choose_decode_options(shape, 132, 227 << 10, 64, max_q_len=16)
+    assert decode_options(full, 8) == decode_options(full, 640)
+    drafts = decode_options(shape, 64, max_q_len=16)
     assert drafts.num_warps == 4  # a warp multiplies 16 rows
 
 
@@ -192,7 +198,7 @@ def test_options_follow_the_number_of_sequences_and_no_length() -> None:
 @pytest.mark.parametrize(("max_q_len", "balanced"), [(1, True), (5, False), (16, True)])
 def test_it_compiles_for_hopper_into_asynchronous_copies_and_products(max_q_len: int, balanced: bool) -> None:
     shape = replace(make_shape(torch.bfloat16), num_q_heads=32, num_kv_heads=8, head_dim=128)
-    options = choose_decode_options(shape, 132, 227 << 10, 64, max_q_len).arguments()
+    options = decode_options(shape, 64, max_q_len).arguments()
     scores = Scores(shape.scale, 100 if max_q_len > 1 else None, None)
     compiled = constants(torch.empty(64, 32, 128, dtype=torch.bfloat16), 8, None, scores, max_q_len, options)
     num_warps = compiled.pop("num_warps")

@@ -148,10 +148,10 @@ def test_fa2_is_the_kernel_of_every_gpu_on_a_hopper_gpu_too(monkeypatch: pytest.
 def test_it_compiles_for_hopper_into_tensor_core_products(name: str, head_dim: int) -> None:
     from importlib import import_module
 
-    from tessera.attention.backends.triton_options import choose_options
+    from tessera.attention.backends.triton_choice import shipped
     from tessera.kernels.packed import head_parts
 
-    options = choose_options(Phase.PREFILL, replace(HOPPER, head_dim=head_dim), HOPPER.shared_memory).arguments()
+    options = shipped(Phase.PREFILL, replace(HOPPER, head_dim=head_dim), HOPPER.shared_memory).few.arguments()
     options |= {"NUM_STAGES": 1} if name == "fa1" else {}
     main, tail = head_parts(head_dim)
     constants: dict[str, Any] = options | {

@@ -72,9 +72,9 @@ def test_tokens_are_those_of_the_path_by_torch(vocab_size: int) -> None:
     """Rows of every kind mixed, each with its own seed."""
     rows = [make_sequence(seed, **params) for seed in range(2 * MORE) for params in SETTINGS]
     logits = random_logits(len(rows), vocab_size)
-    expected, _ = Sampler([0]).sample(logits.clone(), rows)
+    expected = Sampler([0]).sample(logits.clone(), rows).token_ids.tolist()
     fused = Sampler([0], torch.device(DEVICE), fused=True)
-    found, _ = fused.sample(logits.to(DEVICE), rows)
+    found = fused.sample(logits.to(DEVICE), rows).token_ids.tolist()
     differing = sum(mine != theirs for mine, theirs in zip(found, expected, strict=True))
     assert differing <= len(rows) // 400  # of so many one draw may be on the border of two tokens
 
@@ -88,7 +88,7 @@ def test_tokens_come_as_often_as_the_softmax_says() -> None:
     kept = (probs >= 0.1 * probs.max()).nonzero()[:, 0]
     assert 9 <= len(kept) <= 12
     expected = probs[kept] / probs[kept].sum() * count
-    tokens = sample(logits.expand(count, -1).to(DEVICE), parameters(rows, torch.device(DEVICE))).cpu()
+    tokens = sample(logits.expand(count, -1).to(DEVICE), torch.from_numpy(parameters(rows)).to(DEVICE)).cpu()
     found = torch.bincount(tokens, minlength=16)
     assert found[kept].sum() == count
     assert (
@@ -197,7 +197,7 @@ def test_a_draw_on_the_border_of_blocks_passes_over_tokens_without_weight() -> N
 def test_a_row_has_the_same_token_in_any_batch() -> None:
     rows = [make_sequence(9, **params) for params in SETTINGS]
     logits = random_logits(len(rows), 500).to(DEVICE)
-    table = parameters(rows, torch.device(DEVICE))
+    table = torch.from_numpy(parameters(rows)).to(DEVICE)
     alone = [int(sample(logits[i : i + 1], table[i : i + 1])) for i in range(len(rows))]
     assert sample(logits, table).tolist() == alone
     assert sample(logits[:0], table[:0]).shape == (0,)
@@ -214,8 +214,8 @@ def test_it_compiles_for_hopper_with_wide_loads() -> None:
 def test_a_large_vocabulary_gives_the_tokens_of_the_path_by_torch() -> None:
     rows = [make_sequence(seed, **params) for seed in range(5) for params in SETTINGS]
     logits = random_logits(len(rows), 151_936)
-    expected, _ = Sampler([0]).sample(logits.clone(), rows)
-    found, _ = Sampler([0], torch.device(DEVICE), fused=True).sample(logits.to(DEVICE), rows)
+    expected = Sampler([0]).sample(logits.clone(), rows).token_ids.tolist()
+    found = Sampler([0], torch.device(DEVICE), fused=True).sample(logits.to(DEVICE), rows).token_ids.tolist()
     differing = sum(mine != theirs for mine, theirs in zip(found, expected))
     assert differing <= 2  # of 60: a draw on the border of two tokens may fall to either
 
@@ -224,13 +224,13 @@ def test_a_large_vocabulary_gives_the_tokens_of_the_path_by_torch() -> None:
 def test_a_graph_replays_with_other_logits_and_parameters() -> None:
     device = torch.device(DEVICE)
     logits = random_logits(len(SETTINGS), 50_000).to(device)
-    table = parameters([make_sequence(1, **params) for params in SETTINGS], device)
+    table = torch.from_numpy(parameters([make_sequence(1, **params) for params in SETTINGS])).to(device)
     sample(logits, table)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = sample(logits, table)
     logits.copy_(random_logits(len(SETTINGS), 50_000, seed=5))
-    table.copy_(parameters([make_sequence(2, **params) for params in reversed(SETTINGS)], device))
+    table.copy_(torch.from_numpy(parameters([make_sequence(2, **params) for params in reversed(SETTINGS)])))
     graph.replay()
     assert torch.equal(out, sample(logits, table))

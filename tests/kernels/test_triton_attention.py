@@ -10,13 +10,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from tessera.attention.backends.triton import KERNELS, Triton
-from tessera.attention.backends.triton_options import (
-    FULL,
-    HALF,
-    LEAST_SHARED_MEMORY,
-    Options,
-    choose_options,
-)
+from tessera.attention.backends.triton_choice import shipped
+from tessera.attention.backends.triton_options import LEAST_SHARED_MEMORY, Options
+from tessera.attention.backends.triton_tables import FALLBACK, KNOWN
 from tessera.attention.contract import Phase, Shape
 from tessera.attention.workloads import TOLERANCE, WORKLOADS, Case, Workload, make_batch, make_case
 from triton_interpreter import (
@@ -211,14 +207,15 @@ def test_a_claim_names_the_kernel_of_its_phase() -> None:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_options_fit_the_least_shared_memory(phase: Phase, head_dim: int, dtype: torch.dtype) -> None:
-    options = choose_options(phase, make_shape(head_dim=head_dim, dtype=dtype), LEAST_SHARED_MEMORY)
+    options = shipped(phase, make_shape(head_dim=head_dim, dtype=dtype), LEAST_SHARED_MEMORY).few
     stored = options.block_m + 2 * options.block_n * options.num_stages
     assert stored * head_dim * dtype.itemsize <= LEAST_SHARED_MEMORY
     assert options.num_stages >= 2
 
 
 def test_tables_reach_every_head_dim_and_ascend() -> None:
-    for table in (*HALF.values(), *FULL.values()):
+    tables = [FALLBACK, *(gpu.tables for gpu in KNOWN)]
+    for table in (of for each in tables for of in (*each.half.values(), each.many, *each.full.values())):
         sizes = [largest for largest, _ in table]
         assert sizes == sorted(sizes)
         assert sizes[-1] == max(HEAD_DIMS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +24,8 @@ def sequence(prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = (), see
 
 
 def sample(logits: torch.Tensor, *sequences: Sequence) -> list[int]:
-    return Sampler([EOS]).sample(logits.clone(), list(sequences))[0]
+    found: list[int] = Sampler([EOS]).sample(logits.clone(), list(sequences)).token_ids.tolist()
+    return found
 
 
 def draws(logits: torch.Tensor, count: int, **params: Any) -> torch.Tensor:
@@ -167,8 +169,10 @@ def test_rows_that_ask_for_no_change_are_not_looked_at_one_by_one() -> None:
 def test_logprobs_are_the_models_own_and_agree_with_themselves() -> None:
     logits = random_logits(2)
     asked = sequence(temperature=0.5, logprobs=4, presence_penalty=2.0, output=(int(logits[0].argmax()),))
-    token_ids, found = Sampler([EOS]).sample(logits.clone(), [asked, sequence()])
-    assert list(found) == [asked]
+    other = sequence()
+    chosen, found = Sampler([EOS]).sample(logits.clone(), [asked, other]).result()
+    assert (list(found), list(chosen)) == ([asked], [asked, other])
+    token_ids = [chosen[asked]]
     entry, exact = found[asked], logits[0].log_softmax(-1)
     assert entry.token_id == token_ids[0]
     assert math.isclose(entry.logprob, exact[token_ids[0]].item(), abs_tol=1e-6)
@@ -182,9 +186,9 @@ def test_the_kernel_is_told_each_rows_own_parameters_and_random_number() -> None
         sequence(seed=5, temperature=0.7, top_k=9, top_p=0.8, min_p=0.1, output=(4, 4)),
         sequence(temperature=1e-6, top_k=-1),
     ]
-    table = parameters(rows, torch.device("cpu"))
-    assert table.dtype == torch.float64
-    assert table.tolist() == [[0.7, 9, 0.8, 0.1, uniform(5, 2)], [0, 0, 1, 0, uniform(0, 0)]]
+    table = parameters(rows)
+    assert table.dtype == np.float64
+    assert table.tolist() == [[0.7, 9, 0.8, 0.1, uniform(5, 2)], [0] * 5]  # greedy: no more is asked
 
 
 def test_whether_the_kernel_serves_is_decided_once_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

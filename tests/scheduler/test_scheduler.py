@@ -41,6 +41,7 @@ REQUESTS = st.lists(
     budget=st.integers(1, 64),
     max_num_seqs=st.integers(1, 12),
     prefix_caching=st.booleans(),
+    overlap=st.booleans(),
     data=st.data(),
 )
 def test_any_schedule_gives_every_sequence_its_own_tokens_and_leaks_no_page(
@@ -50,6 +51,7 @@ def test_any_schedule_gives_every_sequence_its_own_tokens_and_leaks_no_page(
     budget: int,
     max_num_seqs: int,
     prefix_caching: bool,
+    overlap: bool,
     data: st.DataObject,
 ) -> None:
     """Arrivals at any step, aborts at any step, little memory, small budgets, shared prefixes."""
@@ -58,6 +60,7 @@ def test_any_schedule_gives_every_sequence_its_own_tokens_and_leaks_no_page(
     engine = PaperEngine(
         num_pages,
         SchedulerLimits(max_num_seqs, budget, max_model_len, page_size, prefix_caching),
+        overlap=overlap,
     )
     expected: dict[tuple[str, int], list[int]] = {}
     for number, (family, length, max_tokens, ignore_eos) in enumerate(requests):

@@ -1,8 +1,8 @@
 """triton: tessera's own kernels, FlashAttention-2 and Flash-Decoding straight from pages.
 
-They serve every feature of the contract. How they are compiled stands in `triton_options.py`. On a Hopper GPU
-prompts go to a kernel made for it (`uses_hopper_kernel`). With TRITON_INTERPRET=1 in the environment the others run
-on a CPU too, slowly, to be tested.
+They serve every feature of the contract. How they are compiled says `triton_choice.py`. On a Hopper GPU prompts go to a
+kernel made for it (`uses_hopper_kernel`), whose options stand beside it and are not tuned. With TRITON_INTERPRET=1 in
+the environment the others run on a CPU too, slowly, to be tested.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from tessera.attention.backends.triton_backend import TritonBackend, claim_of
+from tessera.attention.backends.triton_choice import Choice, choose
 from tessera.attention.backends.triton_decode import LIMITS as DECODE_LIMITS
 from tessera.attention.backends.triton_decode import Decode, DecodePlan
 from tessera.attention.backends.triton_options import (
     INTERPRETED,
     LEAST_SHARED_MEMORY,
-    choose_options,
     device_resources,
 )
 from tessera.attention.contract import Batch, Claim, Limits, Phase, Shape, import_error
@@ -27,6 +27,7 @@ from tessera.kernels.scores import Scores
 
 KERNELS = {Phase.PREFILL: "paged_prefill_kernel", Phase.DECODE: "paged_decode_kernel", Phase.VISION: "packed_kernel"}
 HOPPER_KERNEL = "hopper_prefill_kernel"
+HOPPER_SOURCE = "options of the kernel for Hopper GPUs"
 LONG_TILE = 8192
 """Keys of a prompt from which on every tile has a program of its own: where tiles take long the hardware evens out what
 they take, where they are short it pays to begin the next before one is over."""
@@ -79,7 +80,11 @@ class TritonPlan:
 
 
 class Triton(TritonBackend[TritonPlan | DecodePlan]):
-    """Serves every shape on a GPU with kernels of our own."""
+    """Serves every shape on a GPU with kernels of our own.
+
+    options  how to compile; left out: as was tuned for this device and shape, else as is shipped
+    hopper   whether the kernel for Hopper GPUs may serve
+    """
 
     name: ClassVar[str] = "triton"
     limits: ClassVar[dict[Phase, Limits]] = {
@@ -101,19 +106,20 @@ class Triton(TritonBackend[TritonPlan | DecodePlan]):
             kernel = HOPPER_KERNEL if phase is Phase.PREFILL else f"({HOPPER_KERNEL}|{kernel})"
         return claim_of(kernel, shape)
 
-    def __init__(self, phase: Phase, shape: Shape) -> None:
+    def __init__(self, phase: Phase, shape: Shape, options: Choice | None = None, *, hopper: bool = True) -> None:
         super().__init__(phase, shape)
-        sms, shared_memory = device_resources(shape)
-        self._options = choose_options(phase, shape, shared_memory)
-        self._sms, self._hopper = sms, uses_hopper_kernel(phase, shape)
-        self._decode = Decode(shape) if phase is Phase.DECODE else None
+        self._sms, _ = device_resources(shape)
+        self._choice = options or choose(phase, shape)
+        self._hopper = hopper and uses_hopper_kernel(phase, shape)
+        self._decode = Decode(shape, choice=self._choice) if phase is Phase.DECODE else None
+        self.options_from = HOPPER_SOURCE if self._hopper and phase is Phase.PREFILL else self._choice.source
 
     def plan(self, batch: Batch) -> TritonPlan | DecodePlan:
         """List the tiles, or in DECODE choose the splits, from the number of sequences and `max_kv_len` alone."""
         if self._decode is not None:
             return self._decode.plan(batch)
         if not (self._hopper and self._is_worth_hopper(batch)):
-            return TritonPlan(batch, self._list_tiles(batch, self._options.block_m))
+            return TritonPlan(batch, self._list_tiles(batch, self._choice.few.block_m))
         from tessera.kernels.hopper_prefill import hopper_options
 
         tiles = self._list_tiles(batch, hopper_options(self.shape.head_dim).rows)
@@ -135,7 +141,7 @@ class Triton(TritonBackend[TritonPlan | DecodePlan]):
             assert self._decode is not None
             return self._decode.run(plan, q, k, v, sinks)
 
-        shape, batch, options = self.shape, plan.batch, self._options.arguments()
+        shape, batch, options = self.shape, plan.batch, self._choice.few.arguments()
         scores = Scores(shape.scale, shape.window, shape.soft_cap)
         if plan.max_programs:
             from tessera.kernels.hopper_prefill import hopper_prefill

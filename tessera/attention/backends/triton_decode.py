@@ -3,7 +3,7 @@
 The last three are rungs of a ladder, there to be compared: PagedAttention v1 (arXiv 2309.06180) does not split
 sequences, Flash-Decoding cuts each into as many splits, FlashDecoding++ (arXiv 2311.01282) sums parts under one maximum
 that is known beforehand. `triton` itself lets the lengths of the batch decide how often each sequence is split. How
-they are compiled stands in `triton_options.py`.
+they are compiled says `triton_choice.py`; the last three as is shipped, so that what differs is the idea.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from tessera.attention.backends.triton_backend import TritonBackend
+from tessera.attention.backends.triton_choice import Choice, gpu_name, shipped
 from tessera.attention.backends.triton_options import (
     INTERPRETED,
     LEAST_SHARED_MEMORY,
     Options,
-    choose_decode_options,
     device_resources,
-    most_decode_parts,
     most_parts,
 )
 from tessera.attention.calibrate import SAFE_LOG2
@@ -71,26 +70,33 @@ class Decode:
     split     whether a sequence may be cut up at all
     balanced  whether lengths decide how often, instead of every sequence being cut up alike; left out: as the options
               say. More sequences than every program can read the lengths of are cut up alike all the same.
-    options   how to compile and how many programs to aim for, whatever the batch; left out: as the tables say
+    options   how to compile and how many programs to aim for, whatever the batch; left out: as `choice` says
+    choice    likewise, for few and for many sequences; left out: as is shipped
     """
 
     def __init__(
-        self, shape: Shape, *, split: bool = True, balanced: bool | None = None, options: Options | None = None
+        self,
+        shape: Shape,
+        *,
+        split: bool = True,
+        balanced: bool | None = None,
+        options: Options | None = None,
+        choice: Choice | None = None,
     ) -> None:
         # Imported here, not above: Triton takes long to import, and limits are read where it is not installed.
         from tessera.kernels.decode_merge import Workspace
 
         self.shape, self._split, self._balanced, self._options = shape, split, balanced, options
-        self._sms, self._shared_memory = device_resources(shape)
+        self._sms, shared_memory = device_resources(shape)
+        self._choice = choice or shipped(Phase.DECODE, shape, shared_memory, gpu_name(shape))
         # Parts of fewer rows take less of it, and those of more rows are fewer.
-        parts, rows = self._sms * (most_parts(options) if options else most_decode_parts(shape)), max(16, shape.group)
+        parts, rows = self._sms * (most_parts(options) if options else self._choice.most_parts), max(16, shape.group)
         self.workspace: Workspace = Workspace.allocate(parts if split else 1, rows, shape.head_dim, shape.device_type)
 
     def plan(self, batch: Batch) -> DecodePlan:
         """Choose the options and the splits: from how many sequences and queries there are and `max_kv_len` alone."""
         num_seqs = len(batch.kv_lens_cpu)
-        resources = (self._sms, self._shared_memory)
-        options = self._options or choose_decode_options(self.shape, *resources, num_seqs, batch.max_q_len)
+        options = self._options or self._choice.in_decode(self.shape, self._sms, num_seqs, batch.max_q_len)
         return DecodePlan(batch, self._choose_shares(options, num_seqs, batch.max_q_len, batch.max_kv_len), options)
 
     def run(self, plan: DecodePlan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:

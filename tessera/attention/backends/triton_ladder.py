@@ -1,7 +1,7 @@
 """triton:two_pass, triton:fa1, triton:fa2: what prefill was before `triton`, one idea at a time.
 
 Each serves what `triton` serves, so that `tessera bench kernels --ladder` can say what an idea is worth on a GPU and a
-model's heads. They share tile sizes with FlashAttention-2: what differs is the idea.
+model's heads. They share tile sizes with FlashAttention-2, those that are shipped: what differs is the idea.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tessera.attention.backends.triton import KERNELS, Triton
 from tessera.attention.backends.triton_backend import TritonBackend, claim_of
-from tessera.attention.backends.triton_options import choose_options, device_resources
+from tessera.attention.backends.triton_choice import gpu_name, shipped
+from tessera.attention.backends.triton_options import device_resources
 from tessera.attention.contract import Batch, Claim, Limits, Phase, Shape
 from tessera.kernels.scores import Scores
 
@@ -47,7 +48,7 @@ class _PrefillRung(TritonBackend[RungPlan]):
     def __init__(self, phase: Phase, shape: Shape) -> None:
         super().__init__(phase, shape)
         _, shared_memory = device_resources(shape)
-        self._options = choose_options(phase, shape, shared_memory).arguments()
+        self._options = shipped(phase, shape, shared_memory, gpu_name(shape)).few.arguments()
         self._scores = Scores(shape.scale, shape.window, shape.soft_cap)
 
     def plan(self, batch: Batch) -> RungPlan:
@@ -112,5 +113,5 @@ class TritonFa2(Triton):
         return claim_of(KERNELS[phase], shape)
 
     def __init__(self, phase: Phase, shape: Shape) -> None:
-        super().__init__(phase, shape)
-        self._hopper = False
+        _, shared_memory = device_resources(shape)
+        super().__init__(phase, shape, shipped(phase, shape, shared_memory, gpu_name(shape)), hopper=False)

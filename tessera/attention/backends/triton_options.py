@@ -1,12 +1,12 @@
-"""How Triton's kernels are compiled for a shape: tables of tile sizes, cut down to the memory of the device.
+"""How Triton's kernels are compiled: what options there are, and what of the device they depend on.
 
-The tables hold the winners of docs/results/2026-11-21-h200-triton-prototypes.md where a shape was measured there,
-else what fits. Nothing is tuned at run time.
+`triton_tables.py` holds those that are shipped, `triton_choice.py` says which are taken for a shape.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +23,10 @@ INTERPRETED_SMS = 32
 
 @dataclass(frozen=True)
 class Options:
-    """How a kernel is compiled; stages are lowered and tiles of keys halved until they fit shared memory."""
+    """How a kernel is compiled; stages are lowered and tiles of keys halved until they fit shared memory.
+
+    ValueError for what no kernel can be compiled with.
+    """
 
     block_m: int
     """Rows a tile, each a query and a head of a group; 0 in DECODE, where the group decides."""
@@ -39,6 +42,22 @@ class Options:
     balanced_per_sm: int = 0
     """DECODE: programs to aim for where lengths decide how often a sequence is split; 0: all are split alike."""
 
+    def __post_init__(self) -> None:
+        tiles = [self.block_n, *([self.block_m] if self.block_m else [])]
+        powers = all(size > 0 and size & (size - 1) == 0 for size in (*tiles, self.num_warps))
+        splits = self.block_m > 0 or (min(self.programs_per_sm, self.min_split) > 0 and self.balanced_per_sm >= 0)
+        if not (powers and min(tiles) >= 16 and max(tiles) <= 256 and self.num_warps <= 16):
+            raise ValueError(f"tiles of {self.block_m} x {self.block_n} by {self.num_warps} warps cannot be compiled")
+        if not (1 <= self.num_stages <= 8 and splits):
+            raise ValueError(f"{self.num_stages} stages, {self.min_split} tokens a split cannot be compiled")
+
+    @property
+    def label(self) -> str:
+        """`128x64 w8 s3`: tile, warps, stages; in DECODE `64 w2 s5 p2/2 min256`: programs a multiprocessor too."""
+        tile = f"{self.block_m}x{self.block_n}" if self.block_m else str(self.block_n)
+        split = f" p{self.programs_per_sm}/{self.balanced_per_sm} min{self.min_split}" if not self.block_m else ""
+        return f"{tile} w{self.num_warps} s{self.num_stages}{split}"
+
     def fitted(self, head_bytes: int, shared_memory: int) -> Options:
         """As much of these options as a block has memory for, where a row of a tile takes `head_bytes`."""
         room = shared_memory - self.block_m * head_bytes
@@ -53,72 +72,32 @@ class Options:
         return rows | {"BLOCK_N": self.block_n, "NUM_STAGES": self.num_stages, "num_warps": self.num_warps}
 
 
-_Table = tuple[tuple[int, Options], ...]
+OfHeads = tuple[tuple[int, Options], ...]
 """(largest head_dim, options), ascending."""
-HALF: dict[Phase, _Table] = {
-    Phase.PREFILL: (
-        (64, Options(64, 64, 4, 3)),
-        (128, Options(128, 64, 8, 3)),
-        (160, Options(64, 64, 4, 3)),
-        (256, Options(64, 32, 4, 3)),
-    ),
-    Phase.DECODE: (
-        (64, Options(0, 128, 2, 3, programs_per_sm=8, min_split=128, balanced_per_sm=8)),
-        (128, Options(0, 64, 2, 5, programs_per_sm=2, min_split=256, balanced_per_sm=2)),
-        (256, Options(0, 32, 4, 5, programs_per_sm=2, min_split=256, balanced_per_sm=4)),
-    ),
-    Phase.VISION: (
-        (64, Options(128, 64, 8, 3)),
-        (80, Options(128, 64, 4, 3)),
-        (128, Options(128, 64, 8, 3)),
-        (160, Options(64, 64, 4, 3)),
-        (256, Options(64, 32, 4, 3)),
-    ),
-}
-"""Two bytes a number; in DECODE where sequences alone do not fill the device."""
-MANY: _Table = (
-    (64, Options(0, 32, 1, 5, programs_per_sm=4, min_split=128, balanced_per_sm=8)),
-    (128, Options(0, 32, 1, 4, programs_per_sm=4, min_split=256, balanced_per_sm=8)),
-    (256, Options(0, 32, 4, 5, programs_per_sm=2, min_split=256, balanced_per_sm=4)),
-)
-"""DECODE, two bytes a number, where there are at least `MANY_PER_SM` sequences and key heads a multiprocessor."""
-MANY_PER_SM = 2
-_FULL_ROWS: _Table = (
-    (64, Options(64, 32, 8, 2)),
-    (96, Options(32, 32, 8, 2)),
-    (128, Options(32, 16, 8, 2)),
-    (256, Options(16, 16, 4, 2)),
-)
-FULL: dict[Phase, _Table] = {
-    Phase.PREFILL: _FULL_ROWS,
-    Phase.DECODE: ((256, Options(0, 32, 8, 3, programs_per_sm=2, min_split=256, balanced_per_sm=4)),),
-    Phase.VISION: _FULL_ROWS,
-}
-"""float32: multiplied without tensor cores, which would round it."""
 
 
-def choose_options(phase: Phase, shape: Shape, shared_memory: int) -> Options:
-    """How to compile for a shape: by head_dim and dtype alone, so that no answer depends on the batch."""
-    table = FULL if shape.dtype == torch.float32 else HALF
-    options = next(options for largest, options in table[phase] if shape.head_dim <= largest)
-    return options.fitted(_stored_head_dim(phase, shape.head_dim) * shape.dtype.itemsize, shared_memory)
+@dataclass(frozen=True)
+class Tables:
+    """Options by head_dim, of one kind of GPU."""
+
+    half: Mapping[Phase, OfHeads]
+    """Two bytes a number; in DECODE where sequences alone do not fill the device."""
+    many: OfHeads
+    """DECODE, two bytes a number, where they do."""
+    full: Mapping[Phase, OfHeads]
+    """float32: multiplied without tensor cores, which would round it."""
 
 
-def choose_decode_options(shape: Shape, sms: int, shared_memory: int, num_seqs: int, max_q_len: int = 1) -> Options:
-    """How to compile DECODE for so many sequences: whatever their lengths, so that a graph may be replayed with any."""
-    options = choose_options(Phase.DECODE, shape, shared_memory)
-    if shape.dtype != torch.float32 and num_seqs * shape.num_kv_heads >= MANY_PER_SM * sms:
-        many = next(options for largest, options in MANY if shape.head_dim <= largest)
-        options = many.fitted(_stored_head_dim(Phase.DECODE, shape.head_dim) * shape.dtype.itemsize, shared_memory)
-    # A warp multiplies 16 rows at a time; those of more than one query are more.
-    rows = 16 if shape.dtype == torch.float32 else min(64, max_q_len * shape.group)
-    return replace(options, num_warps=max(options.num_warps, 1 << (-(-rows // 16) - 1).bit_length()))
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU that options were measured on."""
 
-
-def most_decode_parts(shape: Shape) -> int:
-    """The most parts of answers that any options for a shape leave behind, a multiprocessor."""
-    tables = [FULL[Phase.DECODE]] if shape.dtype == torch.float32 else [HALF[Phase.DECODE], MANY]
-    return max(most_parts(next(of for largest, of in table if shape.head_dim <= largest)) for table in tables)
+    names: tuple[str, ...]
+    """Any of them is a word of what its driver calls it."""
+    capability: tuple[int, int]
+    measured: tuple[str, ...]
+    """Files below docs/results that say how."""
+    tables: Tables
 
 
 def most_parts(options: Options) -> int:
@@ -126,11 +105,12 @@ def most_parts(options: Options) -> int:
     return max(options.programs_per_sm, 2 * options.balanced_per_sm)
 
 
-def _stored_head_dim(phase: Phase, head_dim: int) -> int:
-    """Numbers that a row takes in shared memory: a power of two in DECODE, elsewhere at most two of them."""
+def head_bytes(phase: Phase, shape: Shape) -> int:
+    """Bytes that a row takes in shared memory: a power of two in DECODE, elsewhere at most two of them."""
     from tessera.kernels.packed import head_parts
 
-    return 1 << (head_dim - 1).bit_length() if phase is Phase.DECODE else sum(head_parts(head_dim))
+    parts = 1 << (shape.head_dim - 1).bit_length() if phase is Phase.DECODE else sum(head_parts(shape.head_dim))
+    return parts * shape.dtype.itemsize
 
 
 def device_resources(shape: Shape) -> tuple[int, int]:

@@ -19,8 +19,10 @@ from tessera.bench.api.options import ApiOptions
 from tessera.bench.benchmark import Done
 from tessera.bench.provenance import Provenance, provenance
 from tessera.bench.record import Conditions, Kind, Record, Subject, Value
-from tessera.bench.served.client import Call, Load, closed_loop
+from tessera.bench.served.client_process import Job
 from tessera.bench.served.latency import bottleneck, failures, ttft_ms, wrong_lengths
+from tessera.bench.served.load import Call, Load
+from tessera.bench.served.processes import measure, num_processes
 from tessera.bench.served.prompts import Prompts, prompts_for
 from tessera.bench.served.rows import device_type
 from tessera.bench.served.servers import Server
@@ -130,6 +132,7 @@ class ApiBenchmark:
             "prompts": "same" if options.same_prompt else "distinct",
             "prompt_salt": self._salt,
             "timeout_s": options.request_timeout,
+            "client_processes": options.client_processes or "by load and cores",
             "order": "targets and levels reversed every second repeat",
             "server": "kept up beside the others" if options.keep_servers else "started for each repeat",
         }
@@ -168,9 +171,10 @@ class ApiBenchmark:
             repeat,
             reason="not measured",
         )
-        if problem := failures(self._send(running, self._warmup_calls(running, repeat, cell))):
+        if problem := failures(self._send(running, self._warmup_calls(running, repeat, cell), 1)):
             return replace(row, reason=f"in the warm-up {problem}")
-        load = self._send(running, [self._call(running, repeat, cell, index) for index in range(cell.concurrency)])
+        calls = [self._call(running, repeat, cell, index) for index in range(cell.concurrency)]
+        load = self._send(running, calls, num_processes(self.options.client_processes, calls, len(calls)))
         return self._judged(row, running, cell, load)
 
     def _call(self, running: _Running, repeat: int, cell: Cell, index: int) -> Call:
@@ -188,18 +192,16 @@ class ApiBenchmark:
         fields: dict[str, Value] = {"temperature": 0}
         return fields | {"ignore_eos": True} if self.options.ignore_eos else fields
 
-    def _send(self, running: _Running, calls: Sequence[Call]) -> Load:
+    def _send(self, running: _Running, calls: list[Call], processes: int) -> Load:
+        """All at once."""
         server, timeout = running.server, self.options.request_timeout
-        headers, dialect = server.headers, server.dialect
-        loop = closed_loop(
-            server.url, running.model, calls, len(calls), timeout_s=timeout, headers=headers, dialect=dialect
-        )
-        return asyncio.run(loop)
+        job = Job(server.url, running.model, calls, timeout, len(calls), server.headers)
+        return measure(job, processes, server.dialect)
 
     def _judged(self, row: Record, running: _Running, cell: Cell, load: Load) -> Record:
         """The row with the load's figures, or with what forbids them."""
         subject = replace(row.subject, note="; ".join(note for note in (row.subject.note, _caveats(load)) if note))
-        if warning := bottleneck(load):
+        if warning := bottleneck(load, has_gaps=False):
             logger.warning("%s at concurrency %d: %s", subject.label, cell.concurrency, warning)
         added = running.prompts.num_added
         cache = cache_state(load.replies, added, is_off=running.caching_off)
@@ -231,7 +233,7 @@ class ApiBenchmark:
 def _caveats(load: Load) -> str:
     spread = any(reply.token_counts == "spread" for reply in load.replies if reply.ok)
     told = "tokens spread over chunks: the server does not tell the tokens of each" if spread else ""
-    return "; ".join(note for note in (bottleneck(load), told) if note)
+    return "; ".join(note for note in (bottleneck(load, has_gaps=False), told) if note)
 
 
 PROBES = f"median of {NUM_PROBES} GETs to the server's root"

@@ -21,8 +21,8 @@ import aiohttp
 
 from tessera.bench.record import CacheState
 from tessera.bench.served.answers import ANSWER_SECONDS, plain_cause
-from tessera.bench.served.client import Load, Reply
-from tessera.bench.served.latency import ttft_ms
+from tessera.bench.served.latency import client_figures, ttft_ms
+from tessera.bench.served.load import Load, Reply
 from tessera.bench.served.servers import Server
 from tessera.bench.statistics import percentile
 from tessera.errors import TesseraError
@@ -49,8 +49,7 @@ def metrics(load: Load) -> dict[str, float]:
         "ttft_ms_p50": percentile(firsts, 50),
         "output_tokens": float(output),
         "prompt_tokens": float(prompt),
-        "client_cpu": load.client_cpu,
-    }
+    } | client_figures(load)
 
 
 def cached_tokens(replies: Sequence[Reply]) -> int | None:

@@ -36,17 +36,26 @@ class ApiOptions:
     """Start each server once and keep all of them up to the end, those whose turn it is not idle: much quicker where
     starting takes long. They share the machine's memory, so give each its part by --num-pages or, on a GPU,
     --gpu-memory-utilization. Left out: a server is alone on the machine and started for each repeat."""
+    client_processes: int = 0
+    """Processes that send the requests together and read the answers. Left out, or 0: by the level, one for every 32
+    requests at once, and by the cores, one for every 4; each row says how many."""
     markdown: str | None = None
     """File for the tables as Markdown. Left out: as --out, ending in .md."""
     results: str | None = None
     """File for the tables' figures, .json or .yaml."""
 
-    RANGES: ClassVar[Ranges] = {"output_len": (1, 2**24), "request_timeout": (0.01, 86400)}
+    RANGES: ClassVar[Ranges] = {"output_len": (1, 2**24), "request_timeout": (0.01, 86400), "client_processes": (0, 64)}
 
     @property
     def levels(self) -> list[int]:
-        """The levels of concurrency; ConfigError where one is no number, out of range or given twice."""
-        return _distinct("--concurrency", self.concurrency, 4096)
+        """The levels of concurrency; ConfigError where one is no number, out of range or given twice, and where there
+        are more client processes than requests at the highest, or than cores.
+        """
+        from tessera.bench.served.processes import check_processes
+
+        found = _distinct("--concurrency", self.concurrency, 4096)
+        check_processes(self.client_processes, max(found), "requests at once")
+        return found
 
     @property
     def lengths(self) -> list[int]:

@@ -28,6 +28,12 @@ class Worker:
 
     def run(self, prompts: list[list[int]], output_lens: list[int], temperature: float) -> dict[str, Any]:
         """All prompts at once; tokens, first-token times and latencies of each as the engine's steps end."""
+        from tessera.engine.garbage import keep_what_is_there
+
+        with keep_what_is_there():
+            return self._run(prompts, output_lens, temperature)
+
+    def _run(self, prompts: list[list[int]], output_lens: list[int], temperature: float) -> dict[str, Any]:
         before = self.engine.status()
         first: dict[str, float] = {}
         last: dict[str, float] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +11,11 @@ from tessera.bench.online.trace import Trace
 from tessera.bench.online.trace_prompts import Vocabulary, calls_of, warmup_calls
 from tessera.bench.provenance import Provenance, provenance
 from tessera.bench.record import Conditions, Kind, Record, Subject, Value
-from tessera.bench.served.client import Load, closed_loop, open_loop
+from tessera.bench.served.client_process import Job
 from tessera.bench.served.latency import (
     Promise,
     bottleneck,
+    client_figures,
     due_ttft_ms,
     failures,
     goodput,
@@ -24,6 +24,8 @@ from tessera.bench.served.latency import (
     throughput,
     wrong_lengths,
 )
+from tessera.bench.served.load import Call, Load
+from tessera.bench.served.processes import check_processes, measure, num_processes
 from tessera.bench.served.rows import device_type
 from tessera.bench.served.servers import Server
 from tessera.bench.served.targets import OwnTarget, Target, UrlTarget, check_names
@@ -49,6 +51,11 @@ class Replay:
     """To the chat endpoint; `vocabulary` must be of words."""
     keep_servers: bool = False
     """Whether our own servers stay up from their first repeat to the end."""
+    client_processes: int = 0
+    """That send the load together; 0: as many as it and this machine's cores ask for. ConfigError for too many."""
+
+    def __post_init__(self) -> None:
+        check_processes(self.client_processes, len(self.trace.arrivals), "requests of the trace")
 
     def case_of(self, scale: float) -> dict[str, Value]:
         """As a Record has it."""
@@ -122,6 +129,7 @@ class OnlineBenchmark:
             "slo_ttft_ms": replay.promise.ttft_ms,
             "slo_tpot_ms": replay.promise.tpot_ms,
             "timeout_s": replay.timeout_s,
+            "client_processes": replay.client_processes or "by load and cores",
             "prompt_salt": self._run_salt,
             "order": "targets and scales reversed every second repeat",
             "server": self._server_of(target),
@@ -169,17 +177,7 @@ class OnlineBenchmark:
         calls = warmup_calls(replay.trace, replay.vocabulary, replay.num_warmup, salt=salt, messages=replay.messages)
         if not calls:
             return
-        load = asyncio.run(
-            closed_loop(
-                server.url,
-                model,
-                calls,
-                len(calls),
-                timeout_s=replay.timeout_s,
-                headers=server.headers,
-                dialect=server.dialect,
-            )
-        )
+        load = measure(self._job(server, model, calls, len(calls)), 1, server.dialect)
         if load.failed:
             raise TesseraError(f"in the warm-up {failures(load)}", "see the server's log")
 
@@ -187,9 +185,11 @@ class OnlineBenchmark:
         replay = self.replay
         salt = self._salt(repeat, scale)
         calls = calls_of(replay.trace, replay.vocabulary, scale=scale, salt=salt, messages=replay.messages)
-        headers, dialect = server.headers, server.dialect
-        loop = open_loop(server.url, model, calls, timeout_s=replay.timeout_s, headers=headers, dialect=dialect)
-        return asyncio.run(loop)
+        processes = num_processes(replay.client_processes, calls, None)
+        return measure(self._job(server, model, calls, None), processes, server.dialect)
+
+    def _job(self, server: Server, model: str, calls: list[Call], concurrency: int | None) -> Job:
+        return Job(server.url, model, calls, self.replay.timeout_s, concurrency, server.headers)
 
     def _judged(self, row: Record, load: Load, server: Server) -> Record:
         """The row with the load's figures, or with the reasons of those of its requests that failed."""
@@ -230,8 +230,7 @@ def metrics(load: Load, promise: Promise) -> dict[str, float]:
         found |= summary(name, values)
     found |= summary("due_ttft_ms", [due_ttft_ms(reply) for reply in load.replies])
     found |= throughput(load) | goodput(load, promise)
-    found |= {"client_cpu": load.client_cpu, "client_lag_ms": 1000 * load.lag_s, "seconds": load.seconds}
-    found |= {"num_failed": float(len(load.failed))}
+    found |= client_figures(load) | {"seconds": load.seconds, "num_failed": float(len(load.failed))}
     cached = [reply.cached_tokens for reply in load.replies]
     prompt = sum(reply.prompt_tokens for reply in load.replies)
     if prompt and all(tokens is not None for tokens in cached):

@@ -56,6 +56,9 @@ class OnlineOptions:
     """Start each server once and keep all of them up to the end, those whose turn it is not idle: much quicker where
     starting takes long. They share the machine's memory, so give each its part by --num-pages or, on a GPU,
     --gpu-memory-utilization. Left out: a server is alone on the machine and started for each repeat."""
+    client_processes: int = 0
+    """Processes that send the requests together and read the answers. Left out, or 0: by the trace, one for every 32
+    requests due within a second, and by the cores, one for every 4; each row says how many."""
     write_trace: str | None = None
     """File that the trace is written to, in Mooncake's format, before it is replayed."""
 
@@ -67,6 +70,7 @@ class OnlineOptions:
         "slo_ttft_ms": (0.01, 1e9),
         "slo_tpot_ms": (0.01, 1e9),
         "request_timeout": (0.01, 86400),
+        "client_processes": (0, 64),
     }
 
     @property

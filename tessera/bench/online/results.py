@@ -15,7 +15,15 @@ from tessera.bench.statistics import median
 
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
 RATES = ("req_s", "output_tok_s", "total_tok_s", "goodput_share", "goodput_req_s")
-OTHERS = ("client_cpu", "client_lag_ms", "cached_prompt_share", "peak_memory_bytes", "gpu_memory_bytes", "seconds")
+CLIENT = (
+    "client_processes",
+    "client_cpu",
+    "client_cpu_total",
+    "client_lag_ms",
+    "client_lag_ms_p50",
+    "client_wake_ms_p50",
+)
+OTHERS = (*CLIENT, "cached_prompt_share", "peak_memory_bytes", "gpu_memory_bytes", "seconds")
 
 
 def write_results(path: Path, rows: Sequence[Record], seconds: float) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tessera.bench.online.trace import Trace
-from tessera.bench.served.client import Call
+from tessera.bench.served.load import Call
 from tessera.bench.served.words import WORDS
 
 PLAIN_IDS = range(1000, 30000)

@@ -15,7 +15,8 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from tessera.bench.served.client import Call, send
+from tessera.bench.served.client import Client
+from tessera.bench.served.load import Call
 from tessera.bench.served.servers import Server
 from tessera.bench.served.words import WORDS
 from tessera.errors import TesseraError
@@ -84,9 +85,8 @@ async def _token_ids(server: Server, model: str) -> list[int]:
 async def _words(server: Server, model: str, messages: bool) -> Prompts:
     async def count(words: Sequence[str]) -> int:
         call = Call(0, " ".join(words), 1, messages=messages)
-        timeout = aiohttp.ClientTimeout(total=ASK_SECONDS)
-        async with aiohttp.ClientSession(timeout=timeout, headers=server.headers) as session:
-            reply = await send(session, server.url, model, call, 0.0, dialect=server.dialect)
+        client = Client(server.url, model, timeout_s=ASK_SECONDS, headers=server.headers, dialect=server.dialect)
+        reply = (await client.closed_loop([call], 1)).replies[0]
         if not reply.ok:
             raise TesseraError(f"{server.url} did not count a prompt's tokens: {reply.error}", "see the server's log")
         return reply.prompt_tokens

@@ -22,7 +22,7 @@ import psutil
 
 from tessera.bench.record import Subject
 from tessera.bench.served.answers import NO_ANSWER, get, plain_cause
-from tessera.bench.served.client import Dialect
+from tessera.bench.served.load import Dialect
 from tessera.bench.served.memory import gpu_bytes, peak_bytes
 from tessera.bench.served.parent import end_with_parent
 from tessera.bench.subjects import Wanted, subject_of

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from tessera.bench.record import CacheState, Subject
-from tessera.bench.served.client import Dialect
+from tessera.bench.served.load import Dialect
 from tessera.bench.served.servers import START_SECONDS, ExternalServer, Server, ServerProcess
 from tessera.bench.subjects import Wanted
 from tessera.errors import ConfigError, TesseraError

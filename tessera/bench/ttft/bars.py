@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tessera.attention.contract import Shape
 from tessera.bench.api.load import hits
 from tessera.bench.record import Record, Subject
-from tessera.bench.served.client import Reply
+from tessera.bench.served.load import Reply
 from tessera.bench.served.servers import Server
 from tessera.bench.served.targets import OwnTarget
 from tessera.bench.subjects import wanted_backends

@@ -12,8 +12,10 @@ from tessera.bench.api.load import cached_tokens, round_trips_ms
 from tessera.bench.benchmark import Done
 from tessera.bench.provenance import Provenance, provenance
 from tessera.bench.record import Conditions, Kind, Record, Subject, Value
-from tessera.bench.served.client import Call, Load, closed_loop
-from tessera.bench.served.latency import failures, ttft_ms, wrong_lengths
+from tessera.bench.served.client_process import Job
+from tessera.bench.served.latency import client_figures, failures, ttft_ms, wrong_lengths
+from tessera.bench.served.load import Call, Load
+from tessera.bench.served.processes import measure
 from tessera.bench.served.prompts import Prompts, prompts_for
 from tessera.bench.served.rows import device_type
 from tessera.bench.served.servers import Server
@@ -128,7 +130,9 @@ class TtftBenchmark:
         asked = [cell.num_tokens] * len(replies)
         if problem := failures(load) or wrong_lengths(replies, asked) or cache_problem(bar, replies):
             return replace(row, reason=problem)
-        figures = {"cached_prompt_tokens": float(cached_tokens(replies) or 0), "client_cpu": load.client_cpu}
+        figures = {
+            "cached_prompt_tokens": float(cached_tokens(replies) or 0),
+        } | client_figures(load)
         return _with(row, [ttft_ms(reply) for reply in replies], figures | running.server.memory())
 
     def _send(self, running: _Running, cell: Cell, salt: Sequence[object]) -> Load:
@@ -140,9 +144,7 @@ class TtftBenchmark:
 
         calls = [call(index) for index in range(self.options.requests + 1)]
         server, timeout = running.server, self.options.request_timeout
-        headers, dialect = server.headers, server.dialect
-        loop = closed_loop(server.url, running.model, calls, 1, timeout_s=timeout, headers=headers, dialect=dialect)
-        return asyncio.run(loop)
+        return measure(Job(server.url, running.model, calls, timeout, 1, server.headers), 1, server.dialect)
 
 
 def _case(stage: Stage, cell: Cell) -> dict[str, Value]:

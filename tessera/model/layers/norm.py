@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tessera.kernels.fused import fused_on
 from tessera.model.layers.parameter import Placement
 
 
@@ -14,19 +15,18 @@ class RMSNorm(nn.Module):
 
     In half types this rounds once, at the end; transformers rounds before the weight as well.
 
-    fused  whether Triton kernels compute it: quicker on a GPU, but the host launches torch's in half the time, and as
-           long as steps are not replayed as graphs that is what counts
+    fused  whether Triton kernels compute it; None: wherever they run
     """
 
     weight: nn.Parameter
     """[size]"""
 
-    def __init__(self, size: int, eps: float, placement: Placement, *, fused: bool = False) -> None:
+    def __init__(self, size: int, eps: float, placement: Placement, *, fused: bool | None = None) -> None:
         super().__init__()
         self.weight = placement.empty(size)
         self.shape = (size,)
         self.eps = eps
-        self.fused = fused
+        self.fused = fused_on(placement.device) if fused is None else fused
         if self.fused:
             from tessera.kernels.norm import add_rms_norm, rms_norm
 

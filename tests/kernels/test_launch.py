@@ -1,0 +1,77 @@
+"""The launcher launches what Triton itself would: whatever the addresses, types and numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+import triton.language as tl  # noqa: E402
+
+from tessera.kernels.launch import Launcher  # noqa: E402
+from triton_interpreter import DEVICE, check_in_interpreter, needs_cuda, needs_kernels, outside_interpreter  # noqa: E402
+
+
+@triton.jit
+def combine_kernel(  # type: ignore[no-untyped-def]
+    values,  # noqa: ANN001
+    out,  # noqa: ANN001
+    factor,  # noqa: ANN001
+    size,  # noqa: ANN001
+    shift,  # noqa: ANN001
+    BLOCK: tl.constexpr,  # noqa: N803
+    TWICE: tl.constexpr,  # noqa: N803
+) -> None:
+    """out = values * factor + shift, or twice that; what is compiled differs for each kind of argument."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    loaded = tl.load(values + column, mask=column < size, other=0.0).to(tl.float32)
+    result = loaded * factor + (shift % 1000).to(tl.float32)
+    tl.store(out + column, (result * 2 if TWICE else result).to(out.dtype.element_ty), mask=column < size)
+
+
+def expected(values: torch.Tensor, factor: int, shift: int, twice: bool) -> torch.Tensor:
+    return ((values.float() * factor + shift % 1000) * (2 if twice else 1)).to(values.dtype)
+
+
+def sweep() -> None:
+    launch = Launcher(combine_kernel)
+    for _ in range(2):  # the second time every variant is there
+        for dtype in (torch.float32, torch.float16):
+            for offset in (0, 1, 3):  # addresses that are multiples of 16, and not
+                for size in (1, 16, 31, 100):
+                    for factor, shift, twice in ((1, 1, False), (16, 2**40 + 7, True), (3, 16, False)):
+                        memory = torch.arange(200, dtype=dtype, device=DEVICE) / 10
+                        values, out = memory[offset : offset + size], torch.zeros(200, dtype=dtype, device=DEVICE)
+                        launch((-(-size // 32),), values, out, factor, size, shift, BLOCK=32, TWICE=twice)
+                        assert torch.allclose(out[:size], expected(values, factor, shift, twice), rtol=1e-3)
+                        assert not out[size:].any()
+
+
+@outside_interpreter
+def test_in_the_interpreter() -> None:
+    check_in_interpreter(__file__)
+
+
+@needs_kernels
+def test_every_kind_of_argument_gets_a_kernel_made_for_it() -> None:
+    sweep()
+
+
+@needs_cuda
+def test_a_variant_is_bound_by_triton_once() -> None:
+    """Later launches do not go through its binding at all."""
+    bound: list[int] = []
+
+    class Counting:
+        arg_names = combine_kernel.arg_names
+
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            bound.append(1)
+            return combine_kernel[grid]
+
+    launch = Launcher(combine_kernel)
+    launch._kernel = Counting()
+    values = torch.ones(64, device=DEVICE)
+    for _ in range(5):
+        launch((2,), values, torch.empty_like(values), 2, 64, 3, BLOCK=32, TWICE=False)
+    assert len(bound) == 1
