@@ -3,9 +3,7 @@
 The query heads that share a key head lie in one tile, so its keys are read once for all of them, and a short
 chunk of queries still fills it. Keys that every query of a tile sees are gone through without masks. Head
 sizes that are no power of two are cut into HEAD_MAIN + HEAD_TAIL (80 = 64 + 16), so that little is computed
-on padding. Scores are in units of log2, for `exp2` is what the hardware has.
-
-`packed_kernel` reads keys that lie one after another; `paged_prefill.py` builds on the same functions.
+on padding. Scores are in units of log2, for `exp2` is what the hardware has. `packed_kernel` reads keys that lie one after another; `paged_prefill.py` builds on the same functions.
 """
 
 # ruff: noqa: N803, N806 -- what Triton compiles in is written in capitals
@@ -271,8 +269,7 @@ def packed_attention(
     """
     out = q.new_empty(q.shape)
     _launch_packed(
-        (k.shape[1], len(tiles)),
-        q, k, v, cu_q_lens, tiles, cu_q_lens if sinks is None else sinks, out, *scores.log2,
+        (k.shape[1], len(tiles)), q, k, v, cu_q_lens, tiles, cu_q_lens if sinks is None else sinks, out, *scores.log2,
         q.stride(0), k.stride(0), v.stride(0), out.stride(0),
         K_HEAD_STRIDE=k.stride(1), V_HEAD_STRIDE=v.stride(1), **constants(q, k.shape[1], sinks, scores), **options,
     )  # fmt: skip
@@ -282,8 +279,7 @@ def packed_attention(
 def constants(q: Tensor, heads: int, sinks: Tensor | None, scores: Scores) -> dict[str, Any]:
     """The compile-time arguments that the kernels share; `heads` are those of the keys."""
     main, tail = head_parts(q.shape[2])
-    return {
-        # Head strides are compiled in, for 72 is known to be a multiple of 8 only then, and loads to be aligned.
+    return {  # head strides, for 72 is known to be a multiple of 8 only then, and loads to be aligned
         "Q_HEAD_STRIDE": q.stride(1),
         "GROUP": q.shape[1] // heads,
         "HEAD_DIM": q.shape[2],

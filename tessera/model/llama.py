@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tessera.kernels.fused import fused_on
 from tessera.model.language_model import Attend, LanguageModel, fused_slots, linear_slots
 from tessera.model.layers.attention import Attention
 from tessera.model.layers.embedding import Embedding, Head
@@ -21,22 +22,35 @@ class LlamaLayer(nn.Module):
     """Attention, then a gated MLP, each on normalised input and added to what came in.
 
     The MLP's output is not added here but by the norm that follows, the next layer's or the model's, which may do
-    both in one launch.
+    both in one launch. In a small step of a fused layer nothing is left to be added: the norms ride on the products
+    behind them and the sums on those before, six launches in all.
+
+    fused  whether Triton kernels compute what lies between the products, and in steps of at most `MAX_ROWS` tokens the
+           products themselves; None: wherever they run
     """
 
-    def __init__(self, spec: ModelSpec, layer: int, placement: Placement) -> None:
+    def __init__(self, spec: ModelSpec, layer: int, placement: Placement, *, fused: bool | None = None) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(spec.hidden_size, spec.norm_eps, placement)
-        self.attention = Attention(spec, layer, placement)
-        self.mlp_norm = RMSNorm(spec.hidden_size, spec.norm_eps, placement)
+        self.fused = fused_on(placement.device) if fused is None else fused
+        self.attention_norm = RMSNorm(spec.hidden_size, spec.norm_eps, placement, fused=self.fused)
+        self.attention = Attention(spec, layer, placement, fused=self.fused)
+        self.mlp_norm = RMSNorm(spec.hidden_size, spec.norm_eps, placement, fused=self.fused)
         self.mlp = GatedMLP(
-            spec.hidden_size, spec.intermediate_size, spec.activation, bias=spec.mlp_bias, placement=placement
+            spec.hidden_size,
+            spec.intermediate_size,
+            spec.activation,
+            bias=spec.mlp_bias,
+            placement=placement,
+            fused=self.fused,
         )
 
     def forward(
         self, hidden: Tensor, update: Tensor | None, rotation: Rotation, attend: Attend
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """What came in and what is still to be added to it -> the same after this layer; all [tokens, hidden_size]."""
+        if self.fused and update is None and self.attention.qkv.serves_small(hidden.shape[0]):
+            hidden = self.attention.add_small(hidden, self.attention_norm, rotation, attend)
+            return self.mlp.add_small(hidden, self.mlp_norm), None
         if update is None:
             normed = self.attention_norm(hidden)
         else:
@@ -65,17 +79,20 @@ class LlamaLayer(nn.Module):
 
 
 class Llama(LanguageModel):
-    """Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3, dense."""
+    """Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3, dense.
+
+    fused  see LlamaLayer
+    """
 
     prefix = "model."
     ignored = r"rotary_emb\.inv_freq$"
 
-    def __init__(self, spec: ModelSpec, placement: Placement) -> None:
+    def __init__(self, spec: ModelSpec, placement: Placement, *, fused: bool | None = None) -> None:
         super().__init__(spec)
         self.embedding = Embedding(spec.vocab_size, spec.hidden_size, placement)
         self.rope = RotaryEmbedding(_rope_of(spec), spec.head_dim, placement.device)
-        self.layers = nn.ModuleList(LlamaLayer(spec, layer, placement) for layer in range(spec.num_layers))
-        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps, placement)
+        self.layers = nn.ModuleList(LlamaLayer(spec, layer, placement, fused=fused) for layer in range(spec.num_layers))
+        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps, placement, fused=fused)
         self.head = Head(self.embedding, tied=spec.tie_word_embeddings, placement=placement)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
@@ -85,7 +102,9 @@ class Llama(LanguageModel):
         update: Tensor | None = None
         for layer in self.layers:
             hidden, update = layer(hidden, update, rotation, attend)
-        assert update is not None, "a model has layers"
+        if update is None:
+            normed: Tensor = self.norm(hidden)
+            return normed
         return self.norm.add(hidden, update)[1]
 
     def slots(self) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -29,20 +30,22 @@ from triton_interpreter import (
     outside_interpreter,
 )
 
-PREFILL, DECODE = ((5, 5), (3, 19)), ((1, 7), (1, 33))
+DECODE = ((1, 7), (1, 33))
+PREFILLS: dict[str, tuple[tuple[int, int], ...]] = {"2": (), "10": ((5, 5), (3, 19)), "19": ((14, 14), (3, 19))}
+"""Prompts behind the decodes, (new tokens, tokens held), by the tokens of the whole step: 17 and more are not small."""
 TABLE = torch.tensor([[3, 0, 0], [5, 1, 0], [7, 0, 0], [2, 4, 6]], dtype=torch.int32)
-FUSABLE = ("mlp", "attention")
-"""Modules of layers that ask `fused_on`."""
-ASKED = {("Attention", True), ("GatedMLP", True), ("RMSNorm", False)}
+FUSABLE = ("llama", "layers.mlp", "layers.attention", "layers.norm")
+"""Modules that ask `fused_on`."""
+ASKED = {("LlamaLayer", True), ("Attention", True), ("GatedMLP", True), ("RMSNorm", True)}
 """Layers as they are made where kernels run."""
 
 
-def make_spec(*, qk_norm: bool = False) -> ModelSpec:
+def make_spec(*, qk_norm: bool = False, bias: bool = False, activation: str = "silu") -> ModelSpec:
     return ModelSpec(
         architecture="llama",
         vocab_size=64,
         hidden_size=48,
-        intermediate_size=80,
+        intermediate_size=40,
         num_layers=2,
         num_q_heads=6,
         num_kv_heads=2,
@@ -54,35 +57,40 @@ def make_spec(*, qk_norm: bool = False) -> ModelSpec:
         windows=(None, 8),
         eos_token_ids=(3,),
         tie_word_embeddings=True,
-        activation="silu",
+        activation=activation,
         rope=Rope(theta=100.0),
         qk_norm=qk_norm,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=bias,
     )
 
 
-def make_model(spec: ModelSpec, dtype: torch.dtype) -> LanguageModel:
+def make_model(spec: ModelSpec, dtype: torch.dtype, *, fused: bool | None = None) -> LanguageModel:
     """The same weights every time."""
-    model = Llama(spec, Placement(dtype, torch.device(DEVICE)))
+    model = Llama(spec, Placement(dtype, torch.device(DEVICE)), fused=fused)
     for number, (_, parameter) in enumerate(sorted(model.named_parameters())):
         values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
         parameter.copy_(values * 0.15 if parameter.dim() > 1 else values * 0.3 + 1)
     return model
 
 
-def make_step(spec: ModelSpec, dtype: torch.dtype, *, fused: bool) -> tuple[StepAttention, Tensor, list[Tensor]]:
-    """A mixed step with a token of padding, the tokens' positions, and its pools."""
+def make_step(
+    spec: ModelSpec, dtype: torch.dtype, *, fused: bool, tokens: str = "10"
+) -> tuple[StepAttention, Tensor, list[Tensor]]:
+    """A step with a token of padding, the tokens' positions, and its pools."""
+    prefill = PREFILLS[tokens]
     capability = torch.cuda.get_device_capability() if DEVICE == "cuda" else (0, 0)
     sizes = (spec.num_q_heads, spec.num_kv_heads, spec.head_dim, spec.scale)
     shapes = [Shape(*sizes, dtype, DEVICE, capability, 16, window) for window in spec.windows]
     backends = {phase: [Naive(phase, shape) for shape in shapes] for phase in (Phase.PREFILL, Phase.DECODE)}
     generator = torch.Generator().manual_seed(0)
     pools = [torch.randn(8, 16, 2, 16, generator=generator).to(DEVICE, dtype) for _ in range(4)]
-    batches = {
-        Phase.DECODE: (slice(0, 2), make_batch(DECODE, TABLE[:2], 8, DEVICE)),
-        Phase.PREFILL: (slice(2, 10), make_batch(PREFILL, TABLE[2:], 8, DEVICE)),
-    }
+    batches = {Phase.DECODE: (slice(0, 2), make_batch(DECODE, TABLE[:2], 8, DEVICE))}
+    if prefill:
+        batches[Phase.PREFILL] = (slice(2, int(tokens)), make_batch(prefill, TABLE[2:], 8, DEVICE))
     positions = [
-        (row, kv_len - q_len + i) for row, (q_len, kv_len) in enumerate(DECODE + PREFILL) for i in range(q_len)
+        (row, kv_len - q_len + i) for row, (q_len, kv_len) in enumerate(DECODE + prefill) for i in range(q_len)
     ]
     slots = torch.tensor([int(TABLE[row, at // 16]) * 16 + at % 16 for row, at in positions] + [-1], device=DEVICE)
     attention = Attention(backends, [0, 1], fused=fused)
@@ -90,12 +98,31 @@ def make_step(spec: ModelSpec, dtype: torch.dtype, *, fused: bool) -> tuple[Step
     return step, torch.tensor([at for _, at in positions] + [0], device=DEVICE), pools
 
 
-def all_fused(monkeypatch: pytest.MonkeyPatch, answer: bool) -> None:
-    for module in FUSABLE:
-        monkeypatch.setattr(f"tessera.model.layers.{module}.fused_on", lambda _: answer)
-    defaults = RMSNorm.__init__.__kwdefaults__
-    assert defaults is not None
-    monkeypatch.setitem(defaults, "fused", answer)
+def answers_of(
+    spec: ModelSpec, dtype: torch.dtype, *, fused: bool, tokens: str, prepare: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A model's answer to a step, without the padding, and the pools as it leaves them."""
+    model = make_model(spec, dtype, fused=fused)
+    assert flags(model) == {fused} or spec.activation != "silu"
+    if prepare:
+        model.prepare()
+    step, positions, pools = make_step(spec, dtype, fused=fused, tokens=tokens)
+    token_ids = torch.arange(int(tokens) + 1, device=DEVICE) * 3
+    return model(token_ids, positions, step)[:-1], torch.stack(pools)
+
+
+def count_small(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the weights that are multiplied in small launches from now on."""
+    shapes: list[tuple[int, ...]] = []
+
+    from tessera.kernels.small_linear import small_linear
+
+    def counted(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
+        shapes.append(tuple(weight.shape))
+        return small_linear(x, weight, *rest, **options)
+
+    monkeypatch.setattr("tessera.kernels.small_linear.small_linear", counted)
+    return shapes
 
 
 def flags(model: nn.Module) -> set[bool]:
@@ -114,24 +141,47 @@ def test_in_the_interpreter() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(("qk_norm", "bias"), [(False, False), (True, True)])
+@pytest.mark.parametrize("tokens", PREFILLS)
 def test_a_fused_model_answers_and_stores_as_a_plain_one(
-    dtype: torch.dtype, qk_norm: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, qk_norm: bool, bias: bool, tokens: str
 ) -> None:
-    spec = make_spec(qk_norm=qk_norm)
-    token_ids = torch.arange(11, device=DEVICE) * 5
-    answers, pages = [], []
-    for is_fused in (False, True):
-        all_fused(monkeypatch, is_fused)
-        model = make_model(spec, dtype)
-        assert flags(model) == {is_fused}
-        step, positions, pools = make_step(spec, dtype, fused=is_fused)
-        answers.append(model(token_ids, positions, step)[:10])
-        pages.append(torch.stack(pools))
+    spec = make_spec(qk_norm=qk_norm, bias=bias)
+    expected, expected_pages = answers_of(spec, dtype, fused=False, tokens=tokens)
+    found, pages = answers_of(spec, dtype, fused=True, tokens=tokens)
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
-    torch.testing.assert_close(answers[1], answers[0], atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(pages[1], pages[0], atol=tolerance, rtol=tolerance)
-    assert (pages[1] != make_pages(spec, dtype)).any(-1).sum() == 2 * 2 * 10 * 2  # layers, k and v, tokens, heads
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(pages, expected_pages, atol=tolerance, rtol=tolerance)
+    written = (pages != make_pages(spec, dtype)).any(-1).sum()
+    assert written == 2 * 2 * int(tokens) * 2  # layers, k and v, tokens, heads
+
+
+@needs_kernels
+@pytest.mark.parametrize("tokens", PREFILLS)
+def test_a_small_step_takes_four_products_a_layer_and_a_larger_one_none(
+    tokens: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = count_small(monkeypatch)
+    answers_of(make_spec(), torch.float32, fused=True, tokens=tokens)
+    small = [(160, 48), (48, 96), (80, 48), (48, 40)]
+    assert shapes == ([] if tokens == "19" else small * 2)
+
+
+@needs_kernels
+def test_a_gate_that_is_not_silu_is_opened_by_torch() -> None:
+    spec = make_spec(activation="gelu")
+    expected = answers_of(spec, torch.float32, fused=False, tokens="2")[0]
+    torch.testing.assert_close(answers_of(spec, torch.float32, fused=True, tokens="2")[0], expected)
+
+
+@needs_kernels
+@pytest.mark.skipif(DEVICE != "cpu", reason="weights are packed on a CPU")
+def test_a_packed_weight_is_not_multiplied_in_small_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = count_small(monkeypatch)
+    expected = answers_of(make_spec(), torch.float32, fused=False, tokens="2")[0]
+    found = answers_of(make_spec(), torch.float32, fused=True, tokens="2", prepare=True)[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not shapes
 
 
 def make_pages(spec: ModelSpec, dtype: torch.dtype) -> Tensor:
@@ -150,9 +200,8 @@ def test_only_silu_gates_are_fused() -> None:
 
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-def test_a_fused_layer_needs_attention_that_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    all_fused(monkeypatch, True)
-    model = make_model(make_spec(), torch.float32)
+def test_a_fused_layer_needs_attention_that_is_fused() -> None:
+    model = make_model(make_spec(), torch.float32, fused=True)
     step, positions, _ = make_step(make_spec(), torch.float32, fused=False)
     layer = model.get_submodule("layers.0.attention")
     rotation = (positions[:, None, None].float().expand(-1, 1, 16),) * 2
@@ -199,9 +248,9 @@ def test_a_norm_adds_before_it_norms() -> None:
 
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-def test_what_asks_is_fused_and_norms_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_layer_is_fused_where_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in FUSABLE:
-        monkeypatch.setattr(f"tessera.model.layers.{module}.fused_on", lambda _: True)
+        monkeypatch.setattr(f"tessera.model.{module}.fused_on", lambda _: True)
     assert fused_kinds(make_model(make_spec(qk_norm=True), torch.float32)) == ASKED
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,17 +47,26 @@ class Attention(nn.Module):
         self.output = Linear(
             spec.num_q_heads * spec.head_dim, spec.hidden_size, bias=spec.output_bias, placement=placement
         )
-        self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps, placement) if spec.qk_norm else None
-        self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps, placement) if spec.qk_norm else None
+        self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps, placement, fused=fused) if spec.qk_norm else None
+        self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps, placement, fused=fused) if spec.qk_norm else None
 
     def forward(self, hidden: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
         """[tokens, hidden_size] -> [tokens, hidden_size]"""
-        heads = self.qkv(hidden).view(hidden.shape[0], -1, self.head_dim)
+        output: Tensor = self.output(self._attended(self.qkv(hidden), rotation, attend))
+        return output
+
+    def add_small(self, hidden: Tensor, norm: RMSNorm, rotation: Rotation | None, attend: Attend) -> Tensor:
+        """Few tokens, [tokens, hidden_size]: hidden + attention(norm(hidden)) in two launches and those of `attend`."""
+        attended = self._attended(self.qkv.small(hidden, norm=norm), rotation, attend)
+        return self.output.small(attended, residual=hidden)
+
+    def _attended(self, projected: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
+        """q, k and v side by side, [tokens, heads * head_dim] -> [tokens, q_heads * head_dim]"""
+        heads: Any = projected.view(projected.shape[0], -1, self.head_dim)
         num_q_heads, num_kv_heads = self.num_heads
         if self.fused:
             q, k, v = heads.split((num_q_heads, num_kv_heads, num_kv_heads), 1)
-            output: Tensor = self.output(attend(self.layer, q, k, v, self._turn(rotation)).flatten(1))
-            return output
+            return attend(self.layer, q, k, v, self._turn(rotation)).flatten(1)
         both, v = heads.split((num_q_heads + num_kv_heads, num_kv_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = both.split(self.num_heads, 1)
@@ -65,8 +74,7 @@ class Attention(nn.Module):
         if rotation is not None:
             both = rotate(both, rotation)
         q, k = both.split(self.num_heads, 1)
-        output = self.output(attend(self.layer, q, k, v).flatten(1))
-        return output
+        return attend(self.layer, q, k, v).flatten(1)
 
     def _turn(self, rotation: Rotation | None) -> Turn:
         """What `attend` has to do to q and k."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tessera.kernels.small_linear_tiles import MAX_ROWS
+from tessera.model.layers.norm import RMSNorm
 from tessera.model.layers.parameter import Placement
 
 
@@ -33,6 +35,28 @@ class Linear(nn.Module):
             return functional.linear(hidden, self.weight, self.bias)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self.packed, self.bias, "none", [], "")
         return product
+
+    def small(
+        self, hidden: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None, gated: bool = False
+    ) -> Tensor:
+        """The product of a few rows, with what stands around it, in one launch of a Triton kernel.
+
+        It rounds once, where norm, product, SwiGLU and sum apart round each.
+
+        hidden    [tokens, num_inputs], as many as `serves_small` names
+        norm      goes before the product
+        residual  [tokens, outputs], added after it
+        gated     the outputs are silu(first half) * second half
+        returns   [tokens, outputs]
+        """
+        from tessera.kernels.small_linear import Norm, small_linear
+
+        before = None if norm is None else Norm(norm.weight, norm.eps)
+        return small_linear(hidden, self.weight, self.bias, norm=before, residual=residual, gated=gated)
+
+    def serves_small(self, num_tokens: int) -> bool:
+        """Whether `small` takes so many tokens: 1 to 16, and a weight that is not packed."""
+        return self.packed is None and 1 <= num_tokens <= MAX_ROWS
 
     def prepare(self) -> None:
         """Pack the weight where that pays; called once, after loading.

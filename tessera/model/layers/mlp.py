@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from tessera.kernels.fused import fused_on
 from tessera.model.layers.linear import Linear
+from tessera.model.layers.norm import RMSNorm
 from tessera.model.layers.parameter import Placement
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -55,6 +56,14 @@ class GatedMLP(nn.Module):
         gate_up: Tensor = self.gate_up(hidden)
         output: Tensor = self.down(self._swiglu(gate_up) if self.fused else self._gated(gate_up))
         return output
+
+    def add_small(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
+        """The sum hidden + mlp(norm(hidden)) of a few tokens, [tokens, hidden_size]; in SwiGLU two launches."""
+        if self.activation is functional.silu:
+            gated = self.gate_up.small(hidden, norm=norm, gated=True)
+        else:
+            gated = self._gated(self.gate_up.small(hidden, norm=norm))
+        return self.down.small(gated, residual=hidden)
 
     def _gated(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
