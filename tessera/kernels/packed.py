@@ -1,9 +1,10 @@
 """FlashAttention-2 (Dao 2023) in Triton: one program takes one tile of queries of one key-value head.
 
 The query heads that share a key head lie in one tile, so its keys are read once for all of them, and a short
-chunk of queries still fills it. Keys that every query of a tile sees are gone through without masks. Head
-sizes that are no power of two are cut into HEAD_MAIN + HEAD_TAIL (80 = 64 + 16), so that little is computed
-on padding. Scores are in units of log2, for `exp2` is what the hardware has. `packed_kernel` reads keys that lie one after another; `paged_prefill.py` builds on the same functions.
+chunk of queries still fills it. Keys that every query of a tile sees are gone through without masks. Heads that
+are no power of two are cut into HEAD_MAIN + HEAD_TAIL (80 = 64 + 16): little is computed on padding. Scores are
+in units of log2, for `exp2` is what the hardware has. `packed_kernel` reads keys that lie one after another;
+`paged_prefill.py` builds on the same functions.
 """
 
 # ruff: noqa: N803, N806 -- what Triton compiles in is written in capitals

@@ -1,5 +1,6 @@
 """The launcher launches what Triton itself would: whatever the addresses, types and numbers."""
 
+# mypy: disable-error-code="import-untyped, untyped-decorator"
 from __future__ import annotations
 
 import pytest

@@ -232,7 +232,7 @@ def test_on_hopper_weights_are_under_way_before_it_waits(
     assert len(re.findall(wide, before)) == few.held * few.tile == len(re.findall(r"ld\.global", before))
     loads_and_sums = after[: [match.end() for match in re.finditer(wide, after)][-1]]
     assert "bar.sync" not in loads_and_sums and "shared" not in loads_and_sums  # threads keep to themselves
-    assert ptx.count("bar.sync") <= 8 >= ptx.count("st.shared")  # and all rows meet at once
+    assert ptx.count("bar.sync") <= 8 and ptx.count("st.shared") <= 32  # and all rows meet at once
 
 
 @needs_compiler

@@ -6,9 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tessera.kernels.small_linear_tiles import MAX_ROWS
+from tessera.kernels.small_linear_tiles import FEW_ROWS
 from tessera.model.layers.norm import RMSNorm
 from tessera.model.layers.parameter import Placement
+
+SMALL_TOKENS = FEW_ROWS
+"""Most tokens whose products take the kernel for few rows. It has a way for up to 16, on tensor cores, which with few
+programs may be slower than cuBLAS: neither that nor dependent launches are used before they have been timed."""
 
 
 class Linear(nn.Module):
@@ -52,11 +56,11 @@ class Linear(nn.Module):
         from tessera.kernels.small_linear import Norm, small_linear
 
         before = None if norm is None else Norm(norm.weight, norm.eps)
-        return small_linear(hidden, self.weight, self.bias, norm=before, residual=residual, gated=gated)
+        return small_linear(hidden, self.weight, self.bias, norm=before, residual=residual, gated=gated, pdl=False)
 
     def serves_small(self, num_tokens: int) -> bool:
-        """Whether `small` takes so many tokens: 1 to 16, and a weight that is not packed."""
-        return self.packed is None and 1 <= num_tokens <= MAX_ROWS
+        """Whether `small` takes so many tokens: 1 to SMALL_TOKENS, and a weight that is not packed."""
+        return self.packed is None and 1 <= num_tokens <= SMALL_TOKENS
 
     def prepare(self) -> None:
         """Pack the weight where that pays; called once, after loading.
