@@ -22,7 +22,7 @@ def capture(
     """`call` as a graph, with what it returned: tensors that every replay writes anew.
 
     `warm_up` runs before on a stream of its own: whatever compiles or chooses on its first call must do so there.
-    Graphs of one `pool` (torch.cuda.graph_pool_handle) share memory: what one returned lasts until another runs.
+    Graphs of one `pool` (torch.cuda.graph_pool_handle) share the memory of what none of them returned.
     """
     stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())

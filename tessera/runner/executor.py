@@ -1,6 +1,6 @@
 """The executor: brings a model and its cache into memory, then runs steps.
 
-One rank today. The scheduler above it sees `start` and `run` only, so that more ranks need no change
+One rank today. The scheduler above it sees `start` and `begin` only, so that more ranks need no change
 there.
 """
 
@@ -201,7 +201,15 @@ class Executor:
         activations = torch.cuda.max_memory_allocated(self._device) - before
         torch.cuda.empty_cache()
         taken = total - memory.free_memory_bytes(self._device)
-        return int(total * cache.gpu_memory_utilization) - taken - activations
+        return int(total * cache.gpu_memory_utilization) - taken - activations - self._graph_bytes()
+
+    def _graph_bytes(self) -> int:
+        """What graphs of decode steps share: the logits and a layer's activations of the largest of them."""
+        if self._config.device.cuda_graphs is False:
+            return 0
+        spec, size = self._spec, self._dtype.itemsize
+        layer = 8 * spec.hidden_size + 3 * spec.intermediate_size
+        return self._config.scheduler.max_num_seqs * (4 * spec.vocab_size + size * layer)
 
     def _run_largest_step(self, model: LanguageModel, attention: Attention, page_size: int, max_tokens: int) -> None:
         """Run a step as large as any will be, with sampling, over one layer's worth of scratch pages."""

@@ -106,9 +106,11 @@ class StaticInputs:
     def write_parameters(self, sequences: Items[Sequence]) -> None:
         """How each row is sampled; where all are greedy, as in the step before, nothing has to be written."""
         all_greedy = all(sequence.params.greedy for sequence in sequences)
-        if not (all_greedy and self._all_greedy):
+        if not all_greedy:
             (table,) = to_device([parameters(sequences)], self._device)
             self.parameters[: len(sequences)].copy_(table)
+        elif not self._all_greedy:
+            self.parameters.zero_()  # all rows, for a later step of more may be greedy too and write nothing
         self._all_greedy = all_greedy
 
 
@@ -118,8 +120,9 @@ class _Graph:
 
     graph: torch.cuda.CUDAGraph
     attend: StepAttention
-    logits: Tensor
-    """[rows, vocab] float32, of the last replay of any graph."""
+    hidden: Tensor
+    """[rows, hidden_size], of the last replay. Logits are not held: a tensor that is could not be reused by other
+    graphs, and those of a large vocabulary add up to gigabytes."""
 
 
 class DecodeGraphs:
@@ -173,7 +176,8 @@ class DecodeGraphs:
         graph.graph.replay()
         if all(is_plain(sequence) for sequence in step.sampling):
             return Sampled(static.sampled[:count], step.sampling)
-        sampled = self._sampler.sample(graph.logits[:count], step.sampling)
+        logits = self._model.logits(graph.hidden[:count])  # a second time, for those who ask more than the token
+        sampled = self._sampler.sample(logits, step.sampling)
         static.sampled[:count].copy_(sampled.token_ids)
         return sampled
 
@@ -198,18 +202,18 @@ class DecodeGraphs:
         static.clear()
         batch = static.batch(rows, [longest] * rows, longest)
         attend = self._attention.begin_capture(*self._pools, static.slots[:rows], batch, backends)
-        graph, logits = capture(lambda: self._compute(attend, rows), lambda: self._compute(attend, rows), self._memory)
+        graph, hidden = capture(lambda: self._compute(attend, rows), lambda: self._compute(attend, rows), self._memory)
         static.sampled.copy_(sampled)
-        return _Graph(graph, attend, logits)
+        return _Graph(graph, attend, hidden)
 
     def _compute(self, attend: StepAttention, rows: int) -> Tensor:
-        """From what is in the static tensors to sampled tokens; returns the logits."""
+        """From what is in the static tensors to sampled tokens; returns the hidden states behind them."""
         static = self._static
         static.kv_lens[:rows].copy_(static.kv_lens64[:rows])
         sources = static.sources[:rows]
         pending = static.sampled[sources.clamp(min=0)]
         token_ids = torch.where(sources >= 0, pending, static.token_ids[:rows])
-        hidden = self._model(token_ids, static.positions[:rows], attend)
+        hidden: Tensor = self._model(token_ids, static.positions[:rows], attend)
         logits = self._model.logits(hidden)
         static.sampled[:rows].copy_(self._sampler.choose_fused(logits, static.parameters[:rows]))
-        return logits
+        return hidden

@@ -12,6 +12,7 @@ from tessera.model.language_model import LanguageModel
 from tessera.runner.graphs import DecodeGraphs, GraphLimits
 from tessera.runner.inputs import InputBuilder, LastSampled, StepInputs
 from tessera.runner.sampler import Sampled, Sampler, logprob_entries, measure_logprobs
+from tessera.runner.transfer import HostCopy
 from tessera.types import Sequence, Step, StepResult, TokenLogprobs
 
 _PROMPT_LOGPROB_ROWS = 128
@@ -21,12 +22,14 @@ _PROMPT_LOGPROB_ROWS = 128
 class RunningStep:
     """A step that the device has been given."""
 
-    def __init__(self, sampled: Sampled | None, prompt_logprobs: dict[Sequence, list[TokenLogprobs]]) -> None:
+    def __init__(self, sampled: Sampled | HostCopy, prompt_logprobs: dict[Sequence, list[TokenLogprobs]]) -> None:
+        """`sampled`: where no token is, anything that is copied when the step is done."""
         self._sampled, self._prompt_logprobs = sampled, prompt_logprobs
 
     def result(self) -> StepResult:
         """What it found; waits for the device."""
-        if self._sampled is None:
+        if isinstance(self._sampled, HostCopy):
+            self._sampled.wait()  # or a host with long prompts would be any number of steps ahead
             return StepResult({}, {}, self._prompt_logprobs)
         token_ids, logprobs = self._sampled.result()
         return StepResult(token_ids, logprobs, self._prompt_logprobs)
@@ -78,8 +81,10 @@ class Runner:
             for sequence in step.num_tokens
             if sequence.wants_prompt_logprobs
         }
-        sampled: Sampled | None = None
-        if inputs.sampling:
+        sampled: Sampled | HostCopy
+        if not inputs.sampling:
+            sampled = HostCopy([hidden[:1, :1]])
+        else:
             logits = self._model.logits(hidden[inputs.sampling_rows])
             sampled = self._sampler.sample(logits, inputs.sampling)
             self._last = LastSampled({s: row for row, s in enumerate(inputs.sampling)}, sampled.token_ids)

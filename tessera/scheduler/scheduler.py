@@ -118,7 +118,14 @@ class Scheduler:
 
     @property
     def needs_results(self) -> bool:
-        """Whether some running sequence's next step cannot be prepared while results are out."""
+        """Whether the next step should not be prepared while results are out.
+
+        Because some running sequence's cannot be, or because pages may run out, and a result may free some before a
+        sequence has to give up its own.
+        """
+        most_pages = len(self._running) + self._num_pages(self.limits.max_num_batched_tokens)
+        if self.pool.num_available < most_pages and any(sequence.num_pending for sequence in self._running):
+            return True
         return any(sequence.needs_results and sequence.pages for sequence in self._demanding)
 
     def sequences(self) -> Iterator[Sequence]:

@@ -30,7 +30,7 @@ class Engine(Protocol):
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would compute anything."""
+        """Whether a step would compute or report anything."""
 
     def add(self, request: Request) -> None:
         """Queue a request; RequestError when it cannot be served."""

@@ -72,7 +72,10 @@ def test_it_is_used_where_it_can_run_only(changes: dict[str, Any], prefill: bool
 @pytest.mark.parametrize(("length", "worth"), [(1024, False), (4096, True)])
 def test_packed_batches_go_to_it_from_some_size_on(length: int, worth: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(16, 16, 80, 80**-0.5, torch.bfloat16, "cuda", (9, 0), None, causal=False, shared_memory=227 << 10)
-    monkeypatch.setattr("tessera.attention.backends.triton.device_resources", lambda _: (132, 227 << 10))
+    for module in ("triton", "triton_choice"):
+        monkeypatch.setattr(f"tessera.attention.backends.{module}.device_resources", lambda _: (132, 227 << 10))
+    monkeypatch.setattr("tessera.attention.backends.triton_choice.gpu_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr("tessera.attention.tune_store.read", lambda *_: None)
     assert (4 * length**2 * 16 * 80 >= WORTH_HOPPER) is worth
     batch = make_batch(((length, length),), torch.zeros(1, 0, dtype=torch.int32), 0, "cpu")
     plan = Triton(Phase.VISION, shape).plan(batch)

@@ -34,13 +34,17 @@ def expected(values: torch.Tensor, factor: int, shift: int, twice: bool) -> torc
     return ((values.float() * factor + shift % 1000) * (2 if twice else 1)).to(values.dtype)
 
 
+KINDS = [(1, 1, False), (16, 2**40 + 7, True), (3, 16, False), (3, 7, False), (3, 2**40 + 7, False), (3, 7, True)]
+"""Factors, shifts, and whether twice: each differs alone from some other, so that no two may share a kernel."""
+
+
 def sweep() -> None:
     launch = Launcher(combine_kernel)
     for _ in range(2):  # the second time every variant is there
         for dtype in (torch.float32, torch.float16):
             for offset in (0, 1, 3):  # addresses that are multiples of 16, and not
                 for size in (1, 16, 31, 100):
-                    for factor, shift, twice in ((1, 1, False), (16, 2**40 + 7, True), (3, 16, False)):
+                    for factor, shift, twice in KINDS:
                         memory = torch.arange(200, dtype=dtype, device=DEVICE) / 10
                         values, out = memory[offset : offset + size], torch.zeros(200, dtype=dtype, device=DEVICE)
                         launch((-(-size // 32),), values, out, factor, size, shift, BLOCK=32, TWICE=twice)

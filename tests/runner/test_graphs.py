@@ -13,8 +13,10 @@ from tessera.config import EngineConfig
 from tessera.engine.build import build_engine
 from tessera.engine.engine import Engine
 from tessera.errors import ConfigError
-from tessera.runner.graphs import GraphLimits
-from tessera.types import Request
+from tessera.runner.graphs import GraphLimits, StaticInputs
+from tessera.runner.inputs import InputBuilder
+from tessera.runner.sampler import parameters
+from tessera.types import Request, Sequence, Step
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 KINDS: list[dict[str, Any]] = [
@@ -60,6 +62,36 @@ def test_sizes_reach_the_most_sequences_and_pad_little(most: int) -> None:
     for count in range(1, most + 1):
         size = next(size for size in sizes if size >= count)
         assert size - count <= max(3, count / 4)
+
+
+def test_rows_of_a_greedy_step_keep_nothing_of_random_steps_before() -> None:
+    """Also those that the step in between had not: eight random rows, then two greedy ones, then eight greedy ones."""
+    static = StaticInputs(GraphLimits(8, 100, 16, 100), torch.device("cpu"))
+    params = {True: SamplingParams(temperature=0.0), False: SamplingParams(temperature=1.0, top_p=0.5)}
+    for greedy, count in ((False, 8), (True, 2), (True, 8), (False, 3), (True, 1)):
+        sequences = [Sequence("r", i, [1], 1, params[greedy], i) for i in range(count)]
+        static.write_parameters(sequences)
+        assert static.parameters[:count].tolist() == parameters(sequences).tolist()
+        assert not greedy or not static.parameters.any()
+
+
+def test_a_step_is_written_to_the_first_rows_and_the_rest_is_padding() -> None:
+    static = StaticInputs(GraphLimits(8, 64, 16, 100), torch.device("cpu"))
+    builder = InputBuilder(100, 16, torch.device("cpu"))
+    for count in (5, 2):
+        sequences = [
+            Sequence("r", i, [7] * 20 + [i], 1, params=SamplingParams(), seed=0, pages=[2 * i, 2 * i + 1])
+            for i in range(count)
+        ]
+        for sequence in sequences:
+            sequence.num_computed_tokens = 20
+        static.write(builder.build_on_host(Step(dict.fromkeys(sequences, 1))), rows=6)
+        assert static.token_ids[:6].tolist() == [*range(count), *[0] * (6 - count)]
+        assert static.positions[:count].tolist() == [20] * count
+        assert static.slots[:6].tolist() == [16 * (2 * i + 1) + 4 for i in range(count)] + [-1] * (6 - count)
+        assert static.kv_lens64[:6].tolist() == [21] * count + [0] * (6 - count)
+        assert static.sources[:6].tolist() == [-1] * 6
+        assert static.page_table[:count, :2].tolist() == [[2 * i, 2 * i + 1] for i in range(count)]
 
 
 def test_graphs_are_refused_where_the_device_has_none() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -163,3 +165,27 @@ def test_a_sequence_that_fills_the_context_finishes_by_length() -> None:
     engine.run()
     assert len(engine.tokens["a", 0]) == 2
     assert engine.finished["a", 0] == "length"
+
+
+def test_overlap_preempts_nobody_whom_the_result_that_is_out_would_save() -> None:
+    """As many preemptions as without, over many schedules in little memory."""
+    counts = {False: 0, True: 0}
+    for seed in range(40):
+        random = Random(seed)
+        requests = [(random.randrange(1, 20), random.randrange(1, 30)) for _ in range(8)]
+        for overlap in counts:
+            engine = PaperEngine(18, limits(), overlap=overlap)
+            for number, (length, max_tokens) in enumerate(requests):
+                params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+                engine.add(str(number), [number + 1] * length, params)
+            engine.run()
+            counts[overlap] += engine.scheduler.counters.preemptions
+    assert counts[True] == counts[False] > 20
+
+
+def test_overlap_goes_on_where_pages_suffice() -> None:
+    engine = PaperEngine(64, limits(), overlap=True)
+    engine.add("a", [1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True))
+    engine.step()
+    engine.step()
+    assert len(engine.steps) == 2 and len(engine.tokens["a", 0]) == 1

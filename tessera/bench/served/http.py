@@ -74,8 +74,9 @@ class Answer:
             self.end(f"the connection broke: {plain_cause(error) if error else 'it was closed before the end'}")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """As httptools calls it."""
-        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1").strip()
+        """As httptools calls it, for what follows the last chunk too, which is none of the headers."""
+        if not self.status:
+            self.headers[name.decode("latin-1").lower()] = value.decode("latin-1").strip()
 
     def on_headers_complete(self) -> None:
         """As httptools calls it; an answer that only says to go on is passed over."""

@@ -242,7 +242,8 @@ class ServerProcess(Server):
 
     def _hint(self, path: str, error: BaseException) -> str:
         """What became of it, where it has ended."""
-        if (code := self.process.poll()) is not None:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its connections break a moment before it has ended
+            code = self.process.wait(0.5)
             return f"the server that was started for this has ended, with exit code {code}"
         return super()._hint(path, error)
 
