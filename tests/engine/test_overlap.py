@@ -65,11 +65,13 @@ def ranks(outputs: list[Output]) -> list[int]:
     return prompt + [entry.rank for output in outputs for entry in output.logprobs or []]
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_pages": 256, "page_size": 2}, {"max_num_batched_tokens": 32}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_pages": 90, "page_size": 2, "max_model_len": 180}, {"max_num_batched_tokens": 32}]
+)
 def test_the_real_model_says_the_same_with_and_without_overlap(settings: dict[str, int]) -> None:
     """Mixed requests in a usual cache, in one so small that sequences are preempted, and with small steps."""
-    requests = make_requests(24, 100 if "num_pages" in settings else 25)
-    aborted = {9: "12", 14: "3"}
+    requests = make_requests(8, 60) if "num_pages" in settings else make_requests(8, 16)
+    aborted = {3: "1", 6: "7"}
     engines = [make_engine(overlap, **settings) for overlap in (False, True)]
     plain, overlapped = (run(engine, requests, aborted) for engine in engines)
     for request in requests:
