@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# Tests that another process may disturb: they measure no time.
+UNTIMED := $(patsubst %,tests/%,kernels model engine parity scheduler runner text)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo compare docs test lint parity bench-cpu clean
@@ -28,8 +30,8 @@ compare: $(READY) ## Every attention backend that can serve here, from one kerne
 	$(BIN)/tessera bench compare
 
 test: $(READY) lint ## Check style, types and layers, then run every test (no GPU, no network)
-	$(BIN)/python -m pytest -n 2 tests/kernels tests/model
-	$(BIN)/python -m pytest --ignore=tests/kernels --ignore=tests/model
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(UNTIMED)
+	$(BIN)/python -m pytest $(UNTIMED:%=--ignore=%)
 
 docs: $(READY)  ## Write docs/BACKENDS.md from what the backends say of themselves
 	$(BIN)/python docs/generate_backends.py
