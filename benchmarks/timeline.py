@@ -186,6 +186,8 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="SVG file")
     parser.add_argument("--json", type=Path, help="file to append a row to")
     options = parser.parse_args()
+    if wrong := [each for each in options.set if "=" not in each]:
+        parser.error(f"--set takes NAME=VALUE, got {wrong[0]!r}")
     given = dict(each.split("=", 1) for each in options.set)
     settings = {name: value_of(text) for name, text in given.items()}
     engine = build_engine(EngineConfig.from_flat({"model": options.model, **settings}))

@@ -1,4 +1,4 @@
-"""Whether the fused kernels beside attention (heads into pages, SwiGLU, sampling) serve a device."""
+"""Whether the fused kernels beside attention (heads into pages, norm, SwiGLU, products of few rows, sampling) serve."""
 
 from __future__ import annotations
 
