@@ -55,8 +55,8 @@ class DeviceConfig:
     tensor_parallel_size: int = 1
     """GPUs that share one model; more than 1 is not built yet and is refused."""
     cuda_graphs: bool | None = None
-    """Replay steps of one token a sequence as CUDA graphs, in place of launching every kernel anew. Left out: on a GPU,
-    wherever the chosen attention allows it."""
+    """Replay steps as CUDA graphs, in place of launching every kernel anew: those of one token a sequence, and those
+    with prompts so short that launching takes longer. Left out: on a GPU, wherever the chosen attention allows it."""
     cpu_threads: int | None = None
     """Threads for the computation on a CPU. Left out: torch's own choice, one a core."""
 
