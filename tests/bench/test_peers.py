@@ -14,11 +14,14 @@ import pytest
 import torch
 
 from tessera.bench.offline import worker as worker_of_ours
+from tessera.bench.offline.benchmark import OfflineBenchmark
 from tessera.bench.offline.entrants import _peer_options, _peer_settings
 from tessera.bench.offline.export import folder_of
+from tessera.bench.offline.options import OfflineOptions
 from tessera.bench.offline.peers import serve
 from tessera.bench.offline.target import target_of
 from tessera.bench.offline.worker_process import WorkerError, WorkerProcess
+from tessera.bench.provenance import provenance
 from tessera.config import EngineConfig, ModelConfig
 from tessera.model.gguf_file import GGUFFile
 from tessera.model.source import find_model
@@ -166,6 +169,14 @@ def test_vllm_is_called_as_its_api_wants(tmp_path: Path) -> None:
     found = worker.ask("run", prompts=PROMPTS, output_lens=OUTPUT_LENS, temperature=0.6)
     assert [len(output) for output in found["output_ids"]] == OUTPUT_LENS and found["prompt_tokens"] == 10
     worker.close()
+
+
+def test_peers_are_told_that_a_shape_has_no_weights(tmp_path: Path) -> None:
+    config = EngineConfig(model=ModelConfig(model="dummy:135m"))
+    made = OfflineBenchmark(config, [], OfflineOptions(preset="rose"), 1, provenance("a test"))
+    settings = _peer_settings("vllm", {}, made.target, made.config, tmp_path)
+    assert (settings["load_format"], settings["max_model_len"]) == ("dummy", 256 + 64)
+    assert (Path(settings["model"]) / "config.json").exists()
 
 
 def test_a_start_of_vllm_that_fails_names_what_its_engine_process_wrote(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tessera.bench.provenance import Provenance
 from tessera.bench.record import CacheState, Conditions, Kind, Record, Status, Subject, Value
 from tessera.bench.statistics import percentile
 from tessera.bench.subjects import Wanted
-from tessera.config import EngineConfig
+from tessera.config import EngineConfig, LoadFormat
 from tessera.errors import TesseraError
 from tessera.log import logger
 
@@ -97,12 +97,17 @@ class OfflineBenchmark:
                 yield from self._race([self._start(entrant, Path(scratch))], turns)
 
     def _fitted(self, config: EngineConfig) -> EngineConfig:
-        """The engine with room for the largest work and no more, so that several engines fit a device."""
+        """The engine with room for the largest work and no more, so that several engines fit a device.
+
+        Peers know a model by its folder alone: where that has no weights, they are told so.
+        """
         spec, limit = self.target.spec, config.model.max_model_len
         workloads = [work.workload for work in self._works]
         for workload in workloads:
             workload.check_fits(self.target.name, spec.vocab_size, spec.max_position, limit)
-        model = replace(config.model, max_model_len=limit or max(workload.max_len for workload in workloads))
+        longest = max(workload.max_len for workload in workloads)
+        load_format: LoadFormat = "dummy" if self.target.source.random else config.model.load_format
+        model = replace(config.model, max_model_len=limit or longest, load_format=load_format)
         most = min(config.scheduler.max_num_seqs, max(workload.num_prompts for workload in workloads))
         return replace(config, model=model, scheduler=replace(config.scheduler, max_num_seqs=most))
 
