@@ -34,8 +34,9 @@ def test_several_workloads_share_one_start_of_each_subject(tmp_path: Path) -> No
 
 
 def test_the_engine_has_room_for_the_largest_of_several_workloads() -> None:
-    config = presets([], "single,quick", 1).config
-    assert (config.model.max_model_len, config.scheduler.max_num_seqs) == (128 + 512, 8)
+    for names in ("single,quick", "quick,single"):
+        config = presets([], names, 1).config
+        assert (config.model.max_model_len, config.scheduler.max_num_seqs) == (128 + 512, 8)
 
 
 def test_a_workload_that_is_complete_is_not_measured_again_for_another_that_is_not(tmp_path: Path) -> None:
