@@ -18,6 +18,7 @@ from tessera.errors import ConfigError
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+LoadFormat = Literal["auto", "dummy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class ModelConfig:
     """Name the model is served under. Left out: the last part of --model."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    load_format: Literal["auto", "dummy"] = "auto"
+    load_format: LoadFormat = "auto"
     """auto reads the weights; dummy makes random ones from config.json alone, for benchmarks."""
     dtype: DTypeName = "auto"
     """Type of weights, activations and cache. auto: on a GPU bfloat16, or float16 for a float16 model or a
