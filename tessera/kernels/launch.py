@@ -78,7 +78,10 @@ class Launch:
         device = arguments[0].get_device()
         kinds, values = [device], []
         for argument in arguments:
-            if isinstance(argument, Tensor):
+            if type(argument) is int:  # before tensors: that something is none takes long to find out
+                kinds.append(_kind_of_int(argument))
+                values.append(argument)
+            elif isinstance(argument, Tensor):
                 address = argument.data_ptr()
                 kinds.append((argument.dtype,) if address & 15 else argument.dtype)
                 values.append(address)
@@ -110,11 +113,14 @@ class Launch:
         )
 
 
+def _kind_of_int(number: int) -> int:
+    """What a kernel is compiled for of a whole number: whether it is 1, a multiple of 16, of 32 bits."""
+    kind = 2 if number & 15 else 0
+    return (1 if number == 1 else kind) if -0x80000000 <= number < 0x80000000 else kind + 3
+
+
 def _kind(argument: Any) -> Any:
-    """What a kernel is compiled for of an argument that is no tensor."""
-    if isinstance(argument, int):
-        kind = 0 if argument % 16 == 0 else 1 if argument == 1 else 2
-        return kind if -(2**31) <= argument < 2**31 else kind + 3
+    """The same of a float, or of a descriptor."""
     if isinstance(argument, float):
         return float
     # A descriptor of a tensor for the copy engine.

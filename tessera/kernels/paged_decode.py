@@ -188,8 +188,8 @@ def paged_decode(
     pdl         see `dependent.py`; None: where `pdl_on`
     returns     [tokens, q_heads, head_dim]
     """
-    out = q.new_empty(q.shape)
-    num_seqs, page_size = len(kv_lens), k.shape[1]
+    out = q.new_empty(*q.shape)  # numbers: a shape takes torch twice as long to read
+    num_seqs, page_size = kv_lens.shape[0], k.shape[1]
     queries = Queries.of(q, k.shape[2])
     block = lengths_block(num_seqs) if shares.balanced else 0
     with_pdl = pdl_on(q.device) if pdl is None else pdl
