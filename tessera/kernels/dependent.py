@@ -7,7 +7,9 @@ The rule, for every kernel that is launched so:
 
 1. Every program calls `wait_for_launch` exactly once, before it leaves and before it reads or writes anything that a
    kernel, or a copy, of this or an earlier step writes: activations, pages, slots, lengths, tables, workspaces, its
-   own output. Only weights, written when the model was loaded, may be read before.
+   own output. Only weights may be read before: they were written when the model was loaded, and between that and the
+   first kernel of ours lies one that is launched as usual, such as the embedding. Who makes weights and multiplies by
+   them at once, as a test may, synchronises in between.
 2. It lets the next kernel start at that point, not later.
 
 Why that is right, whatever the neighbours are. A kernel is over when its programs are, and as each of them waited, the

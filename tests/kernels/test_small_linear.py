@@ -87,7 +87,10 @@ def placed(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
             return Norm(value.weight.to(DEVICE, dtype), value.eps)
         return value.to(DEVICE, dtype) if isinstance(value, Tensor) else value
 
-    return {name: place(value) for name, value in given.items()}
+    arguments = {name: place(value) for name, value in given.items()}
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()  # weights may be read before launches that still write are waited for
+    return arguments
 
 
 @outside_interpreter
@@ -277,6 +280,7 @@ SIZES += [(rows, 1024, 3072, torch.float32) for rows in (1, 16)]
 def test_models_sizes_on_the_gpu(num_rows: int, num_outputs: int, num_inputs: int, dtype: torch.dtype) -> None:
     x, weight = (torch.randn(rows, num_inputs, device=DEVICE).to(dtype) for rows in (num_rows, num_outputs))
     expected = x.double() @ weight.double().t()
+    torch.cuda.synchronize()  # weights may be read before launches that still write are waited for
     # Sums of k products of size 1 grow as sqrt(k), and each is rounded by 0.29 places on average: K such roundings come
     # to 0.29 / sqrt(2) * K places of 1, of which this is six times.
     added_up = 1.2 * torch.finfo(torch.float32).eps * num_inputs
