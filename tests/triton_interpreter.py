@@ -26,6 +26,8 @@ DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 MISSING = import_error("triton")
 RUNS = MISSING is None and (INTERPRETED or DEVICE == "cuda")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+TWO_DTYPES = [torch.float32, DTYPES[-1]]
+"""One half type for both, which kernels differ in by nothing but rounding: for tests whose every case is compiled."""
 NOT_HERE = "runs on a GPU, or within test_in_the_interpreter"
 
 needs_kernels = pytest.mark.skipif(not RUNS, reason=MISSING or NOT_HERE)

@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from triton_interpreter import (
     DEVICE,
+    TWO_DTYPES,
     check_in_interpreter,
     compile_for_hopper,
-    every_dtype,
     loads_before_waiting,
     needs_compiler,
     needs_cuda,
@@ -99,7 +99,7 @@ def test_in_the_interpreter() -> None:
 
 
 @needs_kernels
-@every_dtype
+@pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
 @every_count
 @every_product
 def test_it_equals_float64_to_one_rounding(dtype: torch.dtype, num_rows: int, parts: dict[str, bool]) -> None:
@@ -115,13 +115,22 @@ def test_it_equals_float64_to_one_rounding(dtype: torch.dtype, num_rows: int, pa
 
 
 @needs_kernels
-@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(1, 8), (3, 256), (4, 1000), (34, 2056), (3, 16392)])
+@pytest.mark.parametrize(
+    ("num_outputs", "num_inputs", "parts"),
+    [
+        (1, 8, {"norm": True, "gated": True}),
+        (3, 256, {"residual": True}),
+        (4, 1000, {"norm": True, "gated": True}),
+        (34, 2056, {"residual": True}),
+        (34, 2056, {"norm": True, "gated": True}),
+        (3, 16392, {"norm": True, "residual": True}),
+    ],
+)
 @pytest.mark.parametrize("num_rows", [1, 4, 7])
-def test_any_size_is_multiplied_whole(num_outputs: int, num_inputs: int, num_rows: int) -> None:
-    for parts in ({"norm": True, "gated": True}, {"residual": True}):
-        given = arguments(num_rows, num_outputs, num_inputs, torch.float32, **parts)
-        found = small_linear(**placed(given, torch.float32))
-        torch.testing.assert_close(found.cpu().double(), by_torch(**given), atol=1e-5, rtol=1e-5)
+def test_any_size_is_multiplied_whole(num_outputs: int, num_inputs: int, parts: dict[str, bool], num_rows: int) -> None:
+    given = arguments(num_rows, num_outputs, num_inputs, torch.float32, **parts)
+    found = small_linear(**placed(given, torch.float32))
+    torch.testing.assert_close(found.cpu().double(), by_torch(**given), atol=1e-5, rtol=1e-5)
 
 
 @needs_kernels

@@ -23,8 +23,8 @@ from tessera.model.llama import Llama
 from tessera.model.spec import ModelSpec, Rope
 from triton_interpreter import (
     DEVICE,
-    DTYPES,
     MISSING,
+    TWO_DTYPES,
     check_in_interpreter,
     needs_cuda,
     needs_kernels,
@@ -156,7 +156,7 @@ def test_in_the_interpreter() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("qk_norm", "bias", "tokens"), [(False, False, "2"), (True, True, "3"), (False, False, "10"), (True, True, "10")]
 )
