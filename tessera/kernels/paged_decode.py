@@ -82,8 +82,7 @@ def paged_decode_kernel(
     HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, SEQS: tl.constexpr, QUERIES: tl.constexpr,
     ROW_TILES: tl.constexpr, PART_ROWS: tl.constexpr, ROWS: tl.constexpr, MERGE_ROWS: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One split of one tile of rows of one key head of one sequence. Shapes as `paged_decode`.
 
