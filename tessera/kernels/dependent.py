@@ -21,6 +21,7 @@ So behind its wait a kernel finds what it would find without PDL:
   that layers share (write after read, write after write). A kernel may have started long before that, even while
   several before it are at work, for each lets the next start as it starts itself; but it has touched nothing yet;
 - events, copies and kernels launched as usual wait for the end of the kernel before them, and so for all.
+  A library's kernel that is launched dependently itself keeps the chain if but one of its programs waits.
 
 Nor can programs that wait be in the way of those they wait for: a kernel is let start only when every program of the
 one before has started, so all that a program waits for is on the device already.
