@@ -15,6 +15,7 @@ from tessera.attention.step import Attention, StepAttention
 from tessera.attention.workloads import make_batch
 from tessera.kernels import fused
 from tessera.model.language_model import LanguageModel
+from tessera.model.layers import linear
 from tessera.model.layers.mlp import GatedMLP
 from tessera.model.layers.norm import RMSNorm
 from tessera.model.layers.parameter import Placement
@@ -22,8 +23,8 @@ from tessera.model.llama import Llama
 from tessera.model.spec import ModelSpec, Rope
 from triton_interpreter import (
     DEVICE,
-    DTYPES,
     MISSING,
+    TWO_DTYPES,
     check_in_interpreter,
     needs_cuda,
     needs_kernels,
@@ -126,6 +127,20 @@ def count_small(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
+def count_norms(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows that are normed in launches of their own from now on."""
+    rows: list[int] = []
+
+    from tessera.kernels.norm import rms_norm
+
+    def counted(hidden: Tensor, *rest: Any) -> Tensor:
+        rows.append(hidden.shape[0])
+        return rms_norm(hidden, *rest)
+
+    monkeypatch.setattr("tessera.kernels.norm.rms_norm", counted)
+    return rows
+
+
 def flags(model: nn.Module) -> set[bool]:
     return {bool(module.fused) for module in model.modules() if hasattr(module, "fused")}
 
@@ -141,7 +156,7 @@ def test_in_the_interpreter() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("qk_norm", "bias", "tokens"), [(False, False, "2"), (True, True, "3"), (False, False, "10"), (True, True, "10")]
 )
@@ -167,6 +182,21 @@ def test_a_small_step_takes_four_products_a_layer_and_a_larger_one_none(
     answers_of(make_spec(), torch.float32, fused=True, tokens=tokens)
     small = [(160, 48), (48, 96), (80, 48), (48, 40)]
     assert shapes == ([] if tokens == "10" else small * 2)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_step_of_more_tokens_may_take_them_too_with_norms_of_their_own(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, expected_pages = answers_of(make_spec(bias=bias), torch.float32, fused=False, tokens="10")
+    monkeypatch.setattr(linear, "SMALL_TOKENS", 16)
+    shapes, norms = count_small(monkeypatch), count_norms(monkeypatch)
+    found, pages = answers_of(make_spec(bias=bias), torch.float32, fused=True, tokens="10")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pages, expected_pages, atol=1e-5, rtol=1e-5)
+    assert len(shapes) == 2 * 4
+    assert norms == [11] * (2 * 2 + 1)  # two a layer and the model's, of tokens and padding
 
 
 @needs_kernels

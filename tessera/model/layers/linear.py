@@ -11,8 +11,9 @@ from tessera.model.layers.norm import RMSNorm
 from tessera.model.layers.parameter import Placement
 
 SMALL_TOKENS = FEW_ROWS
-"""Most tokens whose products take the kernel for few rows. It has a way for up to 16, on tensor cores, which with few
-programs may be slower than cuBLAS: neither that nor dependent launches are used before they have been timed."""
+"""Most tokens whose products take `small_linear`, which serves up to `MAX_ROWS`. Its tensor cores, for more than
+`FEW_ROWS`, lost to cuBLAS with the norm within, on an H200; with the norm apart (`Linear.small`) they are to be timed
+in a whole step first: to have them serve, this is set to `MAX_ROWS`."""
 
 
 class Linear(nn.Module):
@@ -45,7 +46,8 @@ class Linear(nn.Module):
     ) -> Tensor:
         """The product of a few rows, with what stands around it, in one launch of a Triton kernel.
 
-        It rounds once, where norm, product, SwiGLU and sum apart round each.
+        It rounds once, where norm, product, SwiGLU and sum apart round each. Beyond FEW_ROWS tokens the norm is a
+        launch of its own: there each program would norm all rows again, which takes longer than the launch.
 
         hidden    [tokens, num_inputs], as many as `serves_small` names
         norm      goes before the product
@@ -55,8 +57,10 @@ class Linear(nn.Module):
         """
         from tessera.kernels.small_linear import Norm, small_linear
 
-        before = None if norm is None else Norm(norm.weight, norm.eps)
-        return small_linear(hidden, self.weight, self.bias, norm=before, residual=residual, gated=gated, pdl=False)
+        if norm is not None and hidden.shape[0] > FEW_ROWS:
+            hidden, norm = norm(hidden), None
+        within = None if norm is None else Norm(norm.weight, norm.eps)
+        return small_linear(hidden, self.weight, self.bias, norm=within, residual=residual, gated=gated)
 
     def serves_small(self, num_tokens: int) -> bool:
         """Whether `small` takes so many tokens: 1 to SMALL_TOKENS, and a weight that is not packed."""
