@@ -6,14 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tessera.kernels.small_linear_tiles import FEW_ROWS
+from tessera.kernels.small_linear_tiles import FEW_ROWS, MAX_ROWS
 from tessera.model.layers.norm import RMSNorm
 from tessera.model.layers.parameter import Placement
 
-SMALL_TOKENS = FEW_ROWS
-"""Most tokens whose products take `small_linear`, which serves up to `MAX_ROWS`. Its tensor cores, for more than
-`FEW_ROWS`, lost to cuBLAS with the norm within, on an H200; with the norm apart (`Linear.small`) they are to be timed
-in a whole step first: to have them serve, this is set to `MAX_ROWS`."""
+SMALL_TOKENS = MAX_ROWS
+"""Most tokens whose products take `small_linear`."""
+ANY_WEIGHT_TOKENS = 2
+"""Most tokens for which it beats cuBLAS and the launches around it whatever the weight, measured on an H200."""
+SMALL_WEIGHT_BYTES = 2**24
+"""Of a weight up to which it does for all of `SMALL_TOKENS`: those of 4,096 columns and rows lose from 4 rows on."""
 
 
 class Linear(nn.Module):
@@ -63,8 +65,9 @@ class Linear(nn.Module):
         return small_linear(hidden, self.weight, self.bias, norm=within, residual=residual, gated=gated)
 
     def serves_small(self, num_tokens: int) -> bool:
-        """Whether `small` takes so many tokens: 1 to SMALL_TOKENS, and a weight that is not packed."""
-        return self.packed is None and 1 <= num_tokens <= SMALL_TOKENS
+        """Whether `small` takes so many tokens, and is the faster way; never where the weight is packed."""
+        most = SMALL_TOKENS if self.weight.nbytes <= SMALL_WEIGHT_BYTES else ANY_WEIGHT_TOKENS
+        return self.packed is None and 1 <= num_tokens <= most
 
     def prepare(self) -> None:
         """Pack the weight where that pays; called once, after loading.
