@@ -6,11 +6,12 @@ spent on what needs nothing of the kernel before: the launch itself, addresses, 
 The rule, for every kernel that is launched so:
 
 1. Every program calls `wait_for_launch` exactly once, before it leaves and before it reads or writes anything that a
-   kernel, or a copy, of this or an earlier step writes: activations, pages, slots, lengths, tables, workspaces, its
-   own output. Only weights may be read before: they were written when the model was loaded, and between that and the
-   first kernel of ours lies one that is launched as usual, such as the embedding. Who makes weights and multiplies by
-   them at once, as a test may, synchronises in between.
-2. It lets the next kernel start at that point, not later.
+   kernel of ours writes in this step: activations, the pages of new tokens, workspaces, its own output.
+2. Before, it may read weights, and what the step was given: lengths, slots, page tables, rotations, and the keys and
+   values of tokens of earlier steps. All of that was written before the last kernel of this step that is launched as
+   usual, the embedding or the rotations, and none of ours starts before that one is over. Who makes such things and
+   launches kernels of ours at once, as a test may, has one launched as usual in between, or synchronises.
+3. It lets the next kernel start as soon as it can (`let_next_start`), at the latest where it waits.
 
 Why that is right, whatever the neighbours are. A kernel is over when its programs are, and as each of them waited, the
 kernel before it is over by then, and so on: *kernel N is over* implies *all before N are over*, their writes seen.
@@ -50,6 +51,21 @@ def pdl_on(device: torch.device) -> bool:
 def launch_constants(pdl: bool) -> dict[str, bool]:
     """What a kernel that takes PDL is compiled and launched with: its parameter PDL, and the compiler's option."""
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+
+
+@triton.jit
+def let_next_start(PDL: tl.constexpr) -> None:
+    """Where PDL, let the next kernel start: before what may take a while ahead of `wait_for_launch`."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers: tl.tensor) -> None:
+    """Ask for the lines of 128 bytes in which these lie to come to the second-level cache; on a CUDA device only."""
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit

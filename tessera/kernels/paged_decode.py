@@ -7,7 +7,7 @@ on no length, so a CUDA graph may replay it with any. Whichever program of a seq
 (`decode_merge`). Scores are in units of log2.
 """
 
-# ruff: noqa: N803 -- what Triton compiles in is written in capitals
+# ruff: noqa: N803, N806 -- what Triton compiles in is written in capitals
 # mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator"
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tessera.kernels.decode_merge import Workspace, finish_part
 from tessera.kernels.decode_shares import Shares, lengths_block, own_span
-from tessera.kernels.dependent import launch_constants, pdl_on, wait_for_launch
+from tessera.kernels.dependent import launch_constants, let_next_start, pdl_on, prefetch, wait_for_launch
 from tessera.kernels.launch import Launch, Launcher
 from tessera.kernels.packed import UNALIGNED, load_part, log2_soft_cap
 from tessera.kernels.scores import Scores
@@ -69,6 +69,21 @@ def attend_tokens(
     return acc, peak, total
 
 
+@triton.jit
+def prefetch_tokens(
+    k: tl.tensor, v: tl.tensor, table_row: tl.tensor, start: tl.tensor, end: tl.tensor, k_stride: tl.tensor,
+    v_stride: tl.tensor, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+) -> None:  # fmt: skip
+    """Have the first keys and values of tokens start .. end brought nearer; k and v at slot 0 of their head."""
+    WIDTH: tl.constexpr = HEAD_DIM * k.dtype.element_ty.primitive_bitwidth // 8
+    LINES: tl.constexpr = triton.next_power_of_2((WIDTH + 127) // 128)
+    token = tl.minimum(start + tl.arange(0, BLOCK_N), tl.maximum(end - 1, 0))
+    slot = tl.load(table_row + token // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + token % PAGE_SIZE
+    column = tl.minimum(tl.arange(0, LINES) * (128 * HEAD_DIM // WIDTH), HEAD_DIM - 1)
+    prefetch(k + (slot * k_stride)[:, None] + column[None, :])
+    prefetch(v + (slot * v_stride)[:, None] + column[None, :])
+
+
 @triton.jit(
     do_not_specialize=["table_stride", "num_seqs", "num_splits", "min_split", "capacity"],
     do_not_specialize_on_alignment=UNALIGNED,
@@ -88,12 +103,18 @@ def paged_decode_kernel(
 
     Grid (kv heads * ROW_TILES, splits, seqs), or where lengths decide (SEQS > 0) (kv heads * ROW_TILES, units).
     """
-    wait_for_launch(PDL)
+    let_next_start(PDL)
     column = tl.program_id(0)
     kv_head, first_row = column // ROW_TILES, (column % ROW_TILES) * PART_ROWS
     seq, split, begin, q_len, kv_len, oldest, start, size, first_part = own_span(
         cu_q_lens, kv_lens, num_seqs, num_splits, min_split, QUERIES, WINDOW, SEQS, BLOCK_N
     )
+    if PDL:
+        prefetch_tokens(
+            k + kv_head * K_HEAD_STRIDE, v + kv_head * V_HEAD_STRIDE, page_table + seq * table_stride, start,
+            tl.minimum(start + size, kv_len), k_stride, v_stride, HEAD_DIM, PAGE_SIZE, BLOCK_N,
+        )  # fmt: skip
+    wait_for_launch(PDL)
     if ((start >= kv_len) & (split > 0)) | (first_row >= q_len * GROUP):
         return
     row = tl.arange(0, ROWS)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tessera.kernels.dependent import launch_constants, pdl_on, wait_for_launch
+from tessera.kernels.dependent import launch_constants, let_next_start, pdl_on, wait_for_launch
 from tessera.kernels.launch import Launch, Launcher
 from tessera.kernels.turn import Turn
 
@@ -26,10 +26,13 @@ MAX_HEADS = 16
 
 @triton.jit
 def _turned(
-    first: tl.tensor, second: tl.tensor, weight: tl.tensor, cosines: tl.tensor, sines: tl.tensor, eps: tl.tensor,
+    first: tl.tensor, second: tl.tensor, weight: tl.tensor, cosine: tl.tensor, sine: tl.tensor, eps: tl.tensor,
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """Both halves of heads, [heads, PAD] each, normalised and rotated; rounded wherever torch's operators do."""
+    """Both halves of heads, [heads, PAD] each, normalised and rotated; rounded wherever torch's operators do.
+
+    cosine, sine  [1, PAD] float32
+    """
     dtype = first.dtype
     column = tl.arange(0, PAD)
     if NORM:
@@ -41,8 +44,6 @@ def _turned(
         second = (high * scale * high_weight[None, :]).to(dtype)
     if ROPE:
         low, high = first.to(tl.float32), second.to(tl.float32)
-        cosine = tl.load(cosines + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
-        sine = tl.load(sines + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
         first = ((low * cosine).to(dtype).to(tl.float32) - high * sine).to(dtype)
         second = ((high * cosine).to(dtype).to(tl.float32) + low * sine).to(dtype)
     return first, second
@@ -50,8 +51,8 @@ def _turned(
 
 @triton.jit
 def _move_heads(
-    source: tl.tensor, target: tl.tensor, first_head: tl.tensor, weight: tl.tensor, cosines: tl.tensor,
-    sines: tl.tensor, eps: tl.tensor,
+    source: tl.tensor, target: tl.tensor, first_head: tl.tensor, weight: tl.tensor, cosine: tl.tensor,
+    sine: tl.tensor, eps: tl.tensor,
     NUM_HEADS: tl.constexpr, SOURCE_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -64,7 +65,7 @@ def _move_heads(
     start = source + head[:, None] * SOURCE_STRIDE + column
     first = tl.load(start, mask=in_first, other=0.0)
     second = tl.load(start + HALF, mask=in_second, other=0.0)
-    first, second = _turned(first, second, weight, cosines, sines, eps, HEAD_DIM, HALF, PAD, NORM, ROPE)
+    first, second = _turned(first, second, weight, cosine, sine, eps, HEAD_DIM, HALF, PAD, NORM, ROPE)
     end = target + head[:, None] * TARGET_STRIDE + column
     tl.store(end, first, mask=in_first)
     tl.store(end + HALF, second, mask=in_second)
@@ -86,27 +87,32 @@ def rope_pages_kernel(
     KV_BLOCKS: tl.constexpr = (KV_HEADS + HEADS - 1) // HEADS
     token = (tl.program_id(0) // (Q_BLOCKS + 2 * KV_BLOCKS)).to(tl.int64)
     block = tl.program_id(0) % (Q_BLOCKS + 2 * KV_BLOCKS)
+    let_next_start(PDL)
+    column = tl.arange(0, PAD)
+    slot = tl.load(slots + token)
+    cosine, sine = tl.zeros([1, PAD], tl.float32), tl.zeros([1, PAD], tl.float32)
+    if ROPE:
+        in_half = column < (HEAD_DIM + 1) // 2
+        cosine = tl.load(cosines + token * cosine_stride + column, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        sine = tl.load(sines + token * sine_stride + column, mask=in_half, other=0.0).to(tl.float32)[None, :]
     wait_for_launch(PDL)
-    cosines += token * cosine_stride
-    sines += token * sine_stride
     if block < Q_BLOCKS:
         _move_heads(
-            q + token * q_stride, out + token * (Q_HEADS * HEAD_DIM), block * HEADS, q_weight, cosines, sines, eps,
+            q + token * q_stride, out + token * (Q_HEADS * HEAD_DIM), block * HEADS, q_weight, cosine, sine, eps,
             Q_HEADS, Q_HEAD_STRIDE, HEAD_DIM, HEAD_DIM, HEADS, PAD, NORM, ROPE,
         )  # fmt: skip
         return
-    slot = tl.load(slots + token)
     if slot < 0:  # padding
         return
     if block < Q_BLOCKS + KV_BLOCKS:
         _move_heads(
             k + token * k_stride, k_pages + slot * k_slot_stride, (block - Q_BLOCKS) * HEADS, k_weight,
-            cosines, sines, eps, KV_HEADS, K_HEAD_STRIDE, K_PAGE_HEAD_STRIDE, HEAD_DIM, HEADS, PAD, NORM, ROPE,
+            cosine, sine, eps, KV_HEADS, K_HEAD_STRIDE, K_PAGE_HEAD_STRIDE, HEAD_DIM, HEADS, PAD, NORM, ROPE,
         )  # fmt: skip
     else:
         _move_heads(
             v + token * v_stride, v_pages + slot * v_slot_stride, (block - Q_BLOCKS - KV_BLOCKS) * HEADS, k_weight,
-            cosines, sines, eps, KV_HEADS, V_HEAD_STRIDE, V_PAGE_HEAD_STRIDE, HEAD_DIM, HEADS, PAD, False, False,
+            cosine, sine, eps, KV_HEADS, V_HEAD_STRIDE, V_PAGE_HEAD_STRIDE, HEAD_DIM, HEADS, PAD, False, False,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tessera.kernels.dependent import wait_for_launch
+from tessera.kernels.dependent import prefetch, wait_for_launch
 
 
 @triton.jit
@@ -203,10 +203,7 @@ def _prefetch(pointers: tl.tensor, K: tl.constexpr, LINES: tl.constexpr) -> None
     """Ask for the first LINES lines of 128 bytes of each row to come to the second-level cache."""
     NUMBERS: tl.constexpr = 1024 // pointers.dtype.element_ty.primitive_bitwidth
     column = tl.minimum(tl.arange(0, LINES) * NUMBERS, K - 1)
-    tl.inline_asm_elementwise(
-        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [pointers[:, None] + column[None, :]],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    prefetch(pointers[:, None] + column[None, :])
 
 
 @triton.jit(do_not_specialize=["num_rows"])

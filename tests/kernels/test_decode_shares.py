@@ -212,4 +212,6 @@ def test_it_compiles_for_hopper_into_asynchronous_copies_and_products(max_q_len:
     assert "cp.async" in ptx
     assert "mma" in ptx
     assert merges_what_others_wrote(ptx)
-    assert loads_before_waiting(ptx) == 0
+    # Lengths and the page table, which the step was given; keys and values are brought nearer, not read.
+    assert loads_before_waiting(ptx) in (4, 5)
+    assert ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait")
