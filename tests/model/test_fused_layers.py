@@ -32,7 +32,12 @@ from triton_interpreter import (
 )
 
 DECODE = ((1, 7), (1, 33))
-PREFILLS: dict[str, tuple[tuple[int, int], ...]] = {"2": (), "3": ((1, 9),), "10": ((5, 5), (3, 19)), "20": ((15, 15), (3, 19))}
+PREFILLS: dict[str, tuple[tuple[int, int], ...]] = {
+    "2": (),
+    "3": ((1, 9),),
+    "10": ((5, 5), (3, 19)),
+    "20": ((15, 15), (3, 19)),
+}
 """Prompts behind the decodes, (new tokens, tokens held), by the tokens of the whole step, to which one of padding is
 added: 17 and more are not small."""
 TABLE = torch.tensor([[3, 0, 0], [5, 1, 0], [7, 0, 0], [2, 4, 6]], dtype=torch.int32)
@@ -158,7 +163,8 @@ def test_in_the_interpreter() -> None:
 @needs_kernels
 @pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("qk_norm", "bias", "tokens"), [(False, False, "2"), (True, True, "3"), (False, False, "10"), (True, True, "10"), (False, True, "20")]
+    ("qk_norm", "bias", "tokens"),
+    [(False, False, "2"), (True, True, "3"), (False, False, "10"), (True, True, "10"), (False, True, "20")],
 )
 def test_a_fused_model_answers_and_stores_as_a_plain_one(
     dtype: torch.dtype, qk_norm: bool, bias: bool, tokens: str
@@ -197,9 +203,7 @@ def test_beside_a_large_weight_only_the_smallest_steps_take_them(monkeypatch: py
 
 @needs_kernels
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_step_of_more_tokens_takes_them_with_norms_of_their_own(
-    bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_of_more_tokens_takes_them_with_norms_of_their_own(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, expected_pages = answers_of(make_spec(bias=bias), torch.float32, fused=False, tokens="10")
     shapes, norms = count_small(monkeypatch), count_norms(monkeypatch)
     found, pages = answers_of(make_spec(bias=bias), torch.float32, fused=True, tokens="10")
