@@ -27,10 +27,11 @@ from tessera.engine.engine import Engine
 from tessera.engine.garbage import keep_what_is_there
 from tessera.runner.graphs import GraphLimits, StaticInputs
 from tessera.runner.inputs import InputBuilder, LastSampled
-from tessera.runner.sampler import Sampled, is_plain
+from tessera.runner.sampler import Sampled
 from tessera.scheduler.pages import PagePool
 from tessera.scheduler.scheduler import Scheduler, SchedulerLimits
-from tessera.types import EngineInfo, Request, SamplingParams, Step, StepResult
+from tessera.step import Step, StepResult
+from tessera.types import EngineInfo, Request, SamplingParams
 
 PARTS = ("schedule", "begin", "build_on_host", "write", "parameters", "result", "commit")
 VOCAB_SIZE, EOS, PAGE_SIZE, MAX_MODEL_LEN = 50_000, 2, 16, 2048
@@ -115,11 +116,10 @@ class ScriptedExecutor:
         return ScriptedStep(sampled, clock)
 
     def _write_parameters(self, step: Step) -> None:
-        self._static.write_parameters(step.sampling)
-        assert all(is_plain(sequence) for sequence in step.sampling)
+        assert self._static.write_parameters(step), "sampling is all that is asked"
 
     def _last_sampled(self, step: Step, sampled: Sampled) -> LastSampled:
-        return LastSampled({s: row for row, s in enumerate(step.sampling)}, sampled.token_ids)
+        return LastSampled(step.sampling, sampled.token_ids)
 
 
 def make_engine(num_sequences: int) -> Engine:

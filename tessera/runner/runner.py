@@ -13,7 +13,8 @@ from tessera.runner.graphs import DecodeGraphs, GraphLimits
 from tessera.runner.inputs import InputBuilder, LastSampled, StepInputs
 from tessera.runner.sampler import Sampled, Sampler, logprob_entries, measure_logprobs
 from tessera.runner.transfer import HostCopy
-from tessera.types import Sequence, Step, StepResult, TokenLogprobs
+from tessera.step import Step, StepResult
+from tessera.types import Sequence, TokenLogprobs
 
 _PROMPT_LOGPROB_ROWS = 128
 """Rows of logits held at once for prompt logprobs: bounds memory at any prompt length and vocabulary."""
@@ -30,7 +31,7 @@ class RunningStep:
         """What it found; waits for the device."""
         if isinstance(self._sampled, HostCopy):
             self._sampled.wait()  # or a host with long prompts would be any number of steps ahead
-            return StepResult({}, {}, self._prompt_logprobs)
+            return StepResult([], {}, self._prompt_logprobs)
         token_ids, logprobs = self._sampled.result()
         return StepResult(token_ids, logprobs, self._prompt_logprobs)
 
@@ -69,7 +70,7 @@ class Runner:
         host = self._inputs.build_on_host(step, self._last)
         if self._graphs is not None and self._graphs.serves(step, host):
             sampled = self._graphs.begin(step, host, self._last)
-            self._last = LastSampled({s: row for row, s in enumerate(step.sampling)}, sampled.token_ids)
+            self._last = LastSampled(step.sampling, sampled.token_ids)
             return RunningStep(sampled, {})
         return self._compute(step, self._inputs.bring_over(step, host, self._last))
 
@@ -87,7 +88,7 @@ class Runner:
         else:
             logits = self._model.logits(hidden[inputs.sampling_rows])
             sampled = self._sampler.sample(logits, inputs.sampling)
-            self._last = LastSampled({s: row for row, s in enumerate(inputs.sampling)}, sampled.token_ids)
+            self._last = LastSampled(inputs.sampling, sampled.token_ids)
         return RunningStep(sampled, prompt_logprobs)
 
     def run(self, step: Step) -> StepResult:

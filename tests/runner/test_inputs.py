@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from random import Random
 
+import numpy as np
 import torch
 
 from tessera.attention.contract import Phase
 from tessera.runner.inputs import InputBuilder, LastSampled
 from tessera.runner.page_table import PageTable
-from tessera.types import SamplingParams, Sequence, Step
+from tessera.step import Step
+from tessera.types import SamplingParams, Sequence
 
 
 def sequence(tokens: list[int], computed: int, pages: list[int]) -> Sequence:
@@ -20,7 +22,7 @@ def sequence(tokens: list[int], computed: int, pages: list[int]) -> Sequence:
 def test_a_mixed_step_puts_every_token_at_its_position_and_slot() -> None:
     decode = sequence([10, 11, 12, 13, 14], 4, [7, 3])
     chunk = sequence([20, 21, 22, 23, 24, 25, 26], 2, [5, 1])
-    inputs = InputBuilder(20, 4, torch.device("cpu")).build(Step({decode: 1, chunk: 3}))
+    inputs = InputBuilder(20, 4, torch.device("cpu")).build(Step.of({decode: 1, chunk: 3}))
     assert inputs.token_ids.tolist() == [14, 22, 23, 24]
     assert inputs.positions.tolist() == [4, 2, 3, 4]
     assert inputs.slots.tolist() == [3 * 4, 5 * 4 + 2, 5 * 4 + 3, 1 * 4]
@@ -37,21 +39,21 @@ def test_a_mixed_step_puts_every_token_at_its_position_and_slot() -> None:
 
 
 def test_a_phase_without_tokens_has_no_batch() -> None:
-    inputs = InputBuilder(20, 4, torch.device("cpu")).build(Step({sequence([1], 0, [0]): 1}))
+    inputs = InputBuilder(20, 4, torch.device("cpu")).build(Step.of({sequence([1], 0, [0]): 1}))
     assert set(inputs.batches) == {Phase.DECODE}
 
 
 def test_a_pending_token_is_that_of_the_step_before_on_the_device() -> None:
     first, second, third = (sequence([token, token + 1], 1, [token]) for token in (10, 20, 30))
-    step = Step({first: 1, second: 1, third: 1})
-    last = LastSampled({each: row for row, each in enumerate(step.sampling)}, torch.tensor([5, 6, 7]))
+    step = Step.of({first: 1, second: 1, third: 1})
+    last = LastSampled(step.sampling, torch.tensor([5, 6, 7]))
     builder = InputBuilder(40, 4, torch.device("cpu"))
     builder.build(step)
-    for each in step.num_tokens:
+    for each in step.sequences:
         each.num_computed_tokens += 1
     first.num_pending = third.num_pending = 1
     second.token_ids.append(9)  # its result is in
-    inputs = builder.build(Step({third: 1, second: 1, first: 1}), last)
+    inputs = builder.build(Step.of({third: 1, second: 1, first: 1}), last)
     assert inputs.token_ids.tolist() == [7, 9, 5]
     assert inputs.positions.tolist() == [2, 2, 2]
     assert inputs.sampling == [third, second, first]
@@ -69,6 +71,6 @@ def test_the_page_table_follows_whatever_becomes_of_sequences_between_steps() ->
             each.pages += [random.randrange(99) for _ in range(random.choice((0, 0, 0, 1, 7)))]
         random.shuffle(alive) if number % 5 == 0 else None
         if alive:
-            found = table.of(alive)
+            found = table.of(alive, np.array([len(each.pages) for each in alive]))
             assert [row[: len(each.pages)].tolist() for row, each in zip(found, alive)] == [s.pages for s in alive]
             assert all(not row[len(each.pages) :].any() for row, each in zip(found, alive))
