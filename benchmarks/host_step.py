@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--turnover", type=int, default=0, help="steps after which a sequence ends and another comes")
     parser.add_argument("--json", type=Path, help="file to append rows to")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # what stands for copies to a device is to wait for nobody
     names = [*PARTS, "step", "a sequence"]
     print(f"| sequences | {' | '.join(names)} |\n|{' --- |' * (len(names) + 1)}")
     for kind in options.kinds:

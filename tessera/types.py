@@ -79,8 +79,6 @@ class Sequence:
     """Hash chain over the full pages of `token_ids` that are known so far (see scheduler.prefix)."""
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     num_preemptions: int = 0
-    num_pending: int = 0
-    """Tokens sampled in steps that have begun and whose results are not in: they follow `token_ids`, unknown."""
     finished: bool = False
     """Whether nothing more is wanted of it; what a step that has begun still finds is dropped."""
     most_tokens: int = 0
@@ -95,9 +93,17 @@ class Sequence:
         self.asks_more = asked != (None, None) or self.params.max_tokens == 0
 
     @property
+    def num_pending(self) -> int:
+        """Tokens sampled in steps that have begun and whose results are not in: they follow `token_ids`, unknown.
+
+        A step that computes the last token samples the next one. One that has been preempted since is not counted.
+        """
+        return max(0, self.num_computed_tokens + 1 - len(self.token_ids))
+
+    @property
     def num_tokens(self) -> int:
         """Tokens known and pending."""
-        return len(self.token_ids) + self.num_pending
+        return max(len(self.token_ids), self.num_computed_tokens + 1)
 
     @property
     def num_output_tokens(self) -> int:

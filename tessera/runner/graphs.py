@@ -99,7 +99,7 @@ class StaticInputs:
         numbers[1, count:], numbers[3, count:] = -1, PADDING_SLOT
         for row, values in enumerate((host.token_ids, host.sources, host.positions, host.slots, host.kv_lens)):
             numbers[row, :count] = values
-        width = min(host.table.shape[1], self.page_table.shape[1])
+        width = -(-int(host.kv_lens.max()) // self._limits.page_size)  # no entry behind is read
         there, table = to_device([numbers, host.table[:, :width]], self._device)
         self._numbers[:, :rows].copy_(there)
         self.page_table[:count, :width].copy_(table)

@@ -22,7 +22,8 @@ class SamplingRows:
         """Sequences that come and go change one row each: see `following`."""
         self.sequences = sequences
         self._table = np.array([_parameters(each) for each in sequences], np.float64).reshape(-1, 5)
-        self._numbers = np.array([_numbers(each) for each in sequences], np.uint64).reshape(-1, 3)
+        self._numbers = np.array([_numbers(each) for each in sequences], np.uint64).reshape(-1, 3).T.copy()
+        self._numbers[0] = _mix64(self._numbers[0])
         self._look()
 
     def following(self, sequences: Items[Sequence]) -> SamplingRows:
@@ -37,8 +38,8 @@ class SamplingRows:
             return fresh
         rows = object.__new__(SamplingRows)
         rows.sequences = sequences
-        rows._table, rows._numbers = self._table[known], self._numbers[known]
-        rows._table[new], rows._numbers[new] = fresh._table, fresh._numbers
+        rows._table, rows._numbers = self._table[known], self._numbers[:, known]
+        rows._table[new], rows._numbers[:, new] = fresh._table, fresh._numbers
         rows._look()
         return rows
 
@@ -48,16 +49,16 @@ class SamplingRows:
         num_tokens  [rows] tokens that each sequence has, pending ones included
         """
         table = self._table.copy()
-        positions = num_tokens.astype(np.uint64) - self._num_prompt_tokens
-        table[:, 4] = np.where(self._random, uniform(self._seeds, positions), 0)
+        positions = num_tokens.view(np.uint64) - self._num_prompt_tokens
+        np.copyto(table[:, 4], _uniform(self._mixed_seeds, positions), where=self._random)
         return table
 
     def all_plain(self, num_tokens: NDArray[np.int64]) -> bool:
         """Whether all rows' logits are sampled from as they are, and nothing but the token is asked."""
-        return bool((num_tokens.astype(np.uint64) >= self._plain_from).all())
+        return bool((num_tokens.view(np.uint64) >= self._plain_from).all())
 
     def _look(self) -> None:
-        self._seeds, self._num_prompt_tokens, self._plain_from = self._numbers.T
+        self._mixed_seeds, self._num_prompt_tokens, self._plain_from = self._numbers
         self._random = self._table[:, 0] > 0
         self.all_greedy = not self._random.any()
 
@@ -79,7 +80,7 @@ def parameters(sequences: Items[Sequence]) -> NDArray[np.float64]:
 def is_adjusted(sequence: Sequence) -> bool:
     """Whether a row is anything but the model's own: of most it is not, and even a look at each row takes time."""
     params = sequence.params
-    return bool(params.has_penalties or params.logit_bias) or sequence.num_output_tokens < params.min_tokens
+    return bool(params.has_penalties or params.logit_bias) or 0 < params.min_tokens > sequence.num_output_tokens
 
 
 def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
@@ -87,19 +88,23 @@ def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray
 
     Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014. Multiples of 2^-32.
     """
-    mixed = _mix64(_mix64(seeds) + positions * _GOLDEN)
-    return (mixed >> np.uint64(32)).astype(np.float64) * 2.0**-32
+    return _uniform(_mix64(seeds), positions)
 
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+def _uniform(mixed_seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
+    return (_mix64(mixed_seeds + positions * _GOLDEN) >> _HALF).astype(np.float64) * 2.0**-32
+
+
+_GOLDEN, _FIRST, _SECOND = (np.uint64(each) for each in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_27, _30, _31, _HALF = (np.uint64(each) for each in (27, 30, 31, 32))
 
 
 def _mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """[rows] uint64; sums and products wrap around."""
     values = values + _GOLDEN
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    values = (values ^ (values >> _30)) * _FIRST
+    values = (values ^ (values >> _27)) * _SECOND
+    return values ^ (values >> _31)
 
 
 def _parameters(sequence: Sequence) -> tuple[float, ...]:

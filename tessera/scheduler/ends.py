@@ -11,9 +11,8 @@ def set_ends(sequence: Sequence, max_model_len: int, eos_token_ids: frozenset[in
     sequence.most_tokens = max_model_len
     if params.max_tokens is not None:
         sequence.most_tokens = min(max_model_len, sequence.num_prompt_tokens + max(params.max_tokens, 1))
-    sequence.stop_token_ids = frozenset(params.stop_token_ids)
-    if not params.ignore_eos:
-        sequence.stop_token_ids |= eos_token_ids
+    own_of_model = frozenset[int]() if params.ignore_eos else eos_token_ids
+    sequence.stop_token_ids = own_of_model.union(params.stop_token_ids) if params.stop_token_ids else own_of_model
 
 
 def append(sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> Output:

@@ -6,12 +6,10 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from tessera.scheduler.decodes import Decodes
 from tessera.scheduler.ends import append, set_ends
 from tessera.scheduler.pages import PagePool
-from tessera.scheduler.prefix import find_prefix, remember_pages
+from tessera.scheduler.prefix import PrefixCache
 from tessera.step import Step, StepResult
 from tessera.types import Output, Sequence
 
@@ -56,6 +54,7 @@ class Scheduler:
         if pool.num_pages * limits.page_size < limits.max_model_len:
             raise ValueError(f"{pool.num_pages} pages cannot hold one sequence of {limits.max_model_len} tokens")
         self.limits, self.pool, self.counters = limits, pool, SchedulerCounters()
+        self._prefixes = PrefixCache(pool, limits.page_size, enabled=limits.prefix_caching)
         self._eos_token_ids = frozenset(eos_token_ids)
         # A running sequence always gets its decode token, so no more may run than tokens fit a step.
         self._max_running = min(limits.max_num_seqs, limits.max_num_batched_tokens)
@@ -111,8 +110,6 @@ class Scheduler:
         """
         for sequence, num_tokens in zip(step.sequences, step.q_lens.tolist()):
             sequence.num_computed_tokens += num_tokens
-        for sequence in step.sampling:
-            sequence.num_pending += 1
         self._decodes.move_on()
         done = set(step.sampling[len(self._decodes.sequences) :])
         if done:
@@ -124,14 +121,12 @@ class Scheduler:
         for sequence, logprobs in result.prompt_logprobs.items():
             if not sequence.finished:
                 sequence.prompt_logprobs += logprobs
-        if self.limits.prefix_caching:
-            self._remember(step)
+        self._prefixes.remember(step)
         outputs: list[Output] = []
         ended: list[Sequence] = []
         for sequence, token_id in zip(step.sampling, result.token_ids):
             if sequence.finished:
                 continue
-            sequence.num_pending -= 1
             known = sequence.token_ids
             if sequence.asks_more or token_id in sequence.stop_token_ids or len(known) + 1 >= sequence.most_tokens:
                 output = append(sequence, token_id, result.logprobs.get(sequence))
@@ -176,7 +171,12 @@ class Scheduler:
     def _schedule_decodes(self, chunks: dict[Sequence, int]) -> None:
         """Reserve the pages that decodes begin; leaves out those whose pending token is their last."""
         self._decodes.remove_full()
-        for sequence in self._decodes.at_page_end(self.limits.page_size):
+        sequences = self._decodes.at_page_end(self.limits.page_size)
+        if len(sequences) <= self.pool.num_available:
+            for sequence, page in zip(sequences, self.pool.take(len(sequences))):
+                sequence.pages.append(page)
+            return
+        for sequence in sequences:
             if sequence.pages:  # or it was preempted for an older one
                 self._reserve(sequence, 1, chunks)
 
@@ -223,7 +223,7 @@ class Scheduler:
         budget = self._budget(chunks)
         while self._waiting and budget > 0 and len(self._running) < self._max_running:
             sequence = self._waiting[0]
-            found = find_prefix(sequence, self.pool, self.limits.page_size) if self.limits.prefix_caching else []
+            found = self._prefixes.find(sequence)
             # All known tokens must fit now, not only this chunk: half a prompt that waits for pages would
             # hold memory that others could finish with. One page a running sequence is kept back, or the
             # newcomer would be preempted as soon as a decode crosses into its next page.
@@ -247,14 +247,6 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.counters.cached_prompt_tokens += sequence.num_cached_tokens
             self.counters.prompt_tokens += sequence.num_prompt_tokens
-
-    def _remember(self, step: Step) -> None:
-        """Let the pages that a step has filled be found."""
-        page_size, starts, ends = self.limits.page_size, step.kv_lens - step.q_lens, step.kv_lens
-        for row in np.nonzero(starts // page_size < ends // page_size)[0].tolist():
-            sequence = step.sequences[row]
-            if sequence.pages and not sequence.finished:  # one preempted since holds none
-                remember_pages(sequence, int(starts[row]), int(ends[row]), self.pool, page_size)
 
     def _finish(self, sequences: Collection[Sequence]) -> None:
         """Forget sequences and free their pages."""

@@ -51,7 +51,6 @@ def test_a_pending_token_is_that_of_the_step_before_on_the_device() -> None:
     builder.build(step)
     for each in step.sequences:
         each.num_computed_tokens += 1
-    first.num_pending = third.num_pending = 1
     second.token_ids.append(9)  # its result is in
     inputs = builder.build(Step.of({third: 1, second: 1, first: 1}), last)
     assert inputs.token_ids.tolist() == [7, 9, 5]
