@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tessera.attention.contract import Batch, Phase
 from tessera.runner.page_table import PageTable
-from tessera.runner.parameters import rows_among
+from tessera.runner.rows import rows_among
 from tessera.runner.transfer import Array, to_device
 from tessera.step import Step
 from tessera.types import Sequence
@@ -150,21 +150,22 @@ def _token_ids(step: Step, last: LastSampled | None) -> tuple[NDArray[np.int64],
     """[tokens] the token ids, 0 where one is pending; [tokens] where those stand in `last`, -1 for all others."""
     if step.pending.all():  # as wherever steps of decodes overlap: the only new token of each
         return np.zeros(len(step.pending), np.int64), _sources(step.sequences, last)
-    token_ids: list[int] = []
-    for sequence, end, count in zip(step.sequences, step.kv_lens.tolist(), step.q_lens.tolist()):
-        token_ids += sequence.token_ids[end - count : end]
-        if end > len(sequence.token_ids):
-            token_ids.append(0)
-    sources = np.full(len(token_ids), -1, np.int64)
-    if step.pending.any():
-        targets = np.cumsum(step.q_lens)[step.pending] - 1
-        sources[targets] = _sources([s for s, pending in zip(step.sequences, step.pending.tolist()) if pending], last)
-    return np.array(token_ids, np.int64), sources
+    known: list[int] = []
+    for row in np.nonzero(~step.pending | (step.q_lens > 1))[0].tolist():
+        end = step.kv_lens[row]
+        known += step.sequences[row].token_ids[end - step.q_lens[row] : end]
+    token_ids, sources = np.zeros((2, int(step.q_lens.sum())), np.int64)
+    targets = np.cumsum(step.q_lens)[step.pending] - 1
+    sources[:] = -1
+    sources[targets] = _sources([step.sequences[row] for row in np.nonzero(step.pending)[0].tolist()], last)
+    token_ids[sources < 0] = known
+    return token_ids, sources
 
 
 def _sources(sequences: list[Sequence], last: LastSampled | None) -> NDArray[np.int64]:
     """[sequences] where each one's pending token stands in `last`."""
-    rows = rows_among(sequences, last.sequences if last else [])
+    before = last.sequences if last is not None else []
+    rows = np.arange(len(sequences)) if sequences is before else rows_among(sequences, before)
     assert (rows >= 0).all(), "a token is pending that the step before has not sampled"
     return rows
 

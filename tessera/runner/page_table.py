@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from tessera.runner.rows import rows_among
 from tessera.types import Sequence
+
+_MORE_PAGES = 8
+"""Room for those that come next, or the longest sequence would have all rows arranged anew with each of its pages."""
 
 
 class PageTable:
@@ -39,12 +43,13 @@ class PageTable:
 
     def _arrange(self, lists: list[list[int]], most_pages: int) -> None:
         """Rows in the order of these lists; those that were not in the step before hold no page yet."""
-        rows = {id(each): row for row, each in enumerate(self._lists)}  # held, or another could have the same id
-        before = np.fromiter((rows.get(id(each), -1) for each in lists), np.int64, len(lists))
+        before = rows_among(map(id, lists), map(id, self._lists))  # held, or another could have the same id
         kept = before >= 0
-        width = max(1, most_pages, min(self._table.shape[1], 2 * most_pages))
+        width = min(self._table.shape[1], 2 * most_pages)
+        if width < most_pages:
+            width = most_pages + _MORE_PAGES
         table, counts = np.zeros((len(lists), width), np.int32), np.zeros(len(lists), np.int64)
         shared = min(width, self._table.shape[1])
         table[kept, :shared] = self._table[before[kept], :shared]
-        counts[kept] = np.minimum(self._counts[before[kept]], width)
+        counts[kept] = np.minimum(self._counts[before[kept]], shared)
         self._table, self._counts, self._lists = table, counts, lists

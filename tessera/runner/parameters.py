@@ -10,6 +10,7 @@ from collections.abc import Sequence as Items
 import numpy as np
 from numpy.typing import NDArray
 
+from tessera.runner.rows import rows_among
 from tessera.types import Sequence
 
 _NEVER = 2**62
@@ -61,14 +62,6 @@ class SamplingRows:
         self._mixed_seeds, self._num_prompt_tokens, self._plain_from = self._numbers
         self._random = self._table[:, 0] > 0
         self.all_greedy = not self._random.any()
-
-
-def rows_among(sequences: Items[Sequence], others: Items[Sequence]) -> NDArray[np.int64]:
-    """[sequences] int64: where each stands in `others`, -1 where it does not."""
-    if sequences is others:
-        return np.arange(len(sequences))
-    rows = {sequence: row for row, sequence in enumerate(others)}
-    return np.fromiter((rows.get(sequence, -1) for sequence in sequences), np.int64, len(sequences))
 
 
 def parameters(sequences: Items[Sequence]) -> NDArray[np.float64]:

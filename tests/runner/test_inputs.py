@@ -10,7 +10,10 @@ import torch
 from tessera.attention.contract import Phase
 from tessera.runner.inputs import InputBuilder, LastSampled
 from tessera.runner.page_table import PageTable
-from tessera.step import Step
+from tessera.runner.parameters import SamplingRows, parameters
+from tessera.scheduler.pages import PagePool
+from tessera.scheduler.scheduler import Scheduler, SchedulerLimits
+from tessera.step import Step, StepResult
 from tessera.types import SamplingParams, Sequence
 
 
@@ -73,3 +76,85 @@ def test_the_page_table_follows_whatever_becomes_of_sequences_between_steps() ->
             found = table.of(alive, np.array([len(each.pages) for each in alive]))
             assert [row[: len(each.pages)].tolist() for row, each in zip(found, alive)] == [s.pages for s in alive]
             assert all(not row[len(each.pages) :].any() for row, each in zip(found, alive))
+
+
+def test_pending_and_known_tokens_of_decodes_and_prompts_stand_in_one_step() -> None:
+    pending, known = sequence([1, 2], 2, [0]), sequence([5, 6], 1, [1])
+    recomputed, chunk = sequence([10, 11, 12], 1, [2]), sequence([20, 21, 22, 23, 24], 1, [3])
+    last = LastSampled([known, pending], torch.tensor([8, 9]))
+    step = Step.of({pending: 1, known: 1, recomputed: 2, chunk: 3})
+    host = InputBuilder(40, 4, torch.device("cpu")).build_on_host(step, last)
+    assert host.token_ids.tolist() == [0, 6, 11, 12, 21, 22, 23]
+    assert host.sources.tolist() == [1, -1, -1, -1, -1, -1, -1]
+    assert host.samples.tolist() == [True, True, True, False]
+
+
+class Checked:
+    """An executor that compares what is kept from step to step with what is made of each sequence alone."""
+
+    def __init__(self, random: Random, num_pages: int, page_size: int) -> None:
+        self.random, self.page_size = random, page_size
+        self.builder = InputBuilder(num_pages, page_size, torch.device("cpu"))
+        self.rows = SamplingRows([])
+        self.last: LastSampled | None = None
+        self.same = 0
+
+    def begin(self, step: Step) -> Checked:
+        """Check a step's inputs; tokens are sampled at random."""
+        host = self.builder.build_on_host(step, self.last)
+        self.same += self.last is not None and self.last.sequences is step.sequences
+        first = 0
+        for row, (each, count) in enumerate(step.num_tokens.items()):
+            end = each.num_computed_tokens + count
+            for token in range(end - count, end):
+                page = each.pages[token // self.page_size]
+                assert host.table[row, token // self.page_size] == page
+                assert host.slots[first] == page * self.page_size + token % self.page_size
+                assert host.positions[first] == token
+                if token < len(each.token_ids):
+                    assert (host.token_ids[first], host.sources[first]) == (each.token_ids[token], -1)
+                else:
+                    assert self.last is not None and self.last.sequences[host.sources[first]] is each
+                first += 1
+            assert host.kv_lens[row] == end and host.q_lens[row] == count
+        assert first == len(host.token_ids)
+        self.rows = self.rows.following(step.sampling)
+        num_tokens = step.kv_lens[step.samples]
+        assert self.rows.parameters(num_tokens).tolist() == parameters(step.sampling).tolist()
+        assert num_tokens.tolist() == [each.num_tokens for each in step.sampling]
+        self.sampled = [self.random.randrange(9) for _ in step.sampling]
+        self.last = LastSampled(step.sampling, torch.tensor(self.sampled))
+        return self
+
+    def result(self) -> StepResult:
+        """What was sampled."""
+        return StepResult(self.sampled)
+
+
+def test_inputs_kept_from_step_to_step_are_those_made_anew_whatever_is_scheduled() -> None:
+    same = 0
+    for seed in range(30):
+        random = Random(seed)
+        page_size, num_pages = random.choice((1, 4, 16)), random.choice((64, 90, 300))
+        executor = Checked(random, num_pages, page_size)
+        limits = SchedulerLimits(random.choice((2, 8)), random.choice((8, 40)), 64, page_size)
+        scheduler = Scheduler(limits, PagePool(num_pages), {8})
+        while scheduler.num_running + scheduler.num_waiting or random.random() < 0.8:
+            if random.random() < 0.2:
+                params = SamplingParams(max_tokens=random.randrange(1, 40), temperature=random.choice((0.0, 1.0)))
+                tokens = [random.randrange(9) for _ in range(random.randrange(1, 24))]
+                scheduler.add(Sequence(str(random.random()), 0, tokens, len(tokens), params, random.randrange(99)))
+            step = scheduler.schedule()
+            if step.sequences:
+                sampled = executor.begin(step).result()
+                scheduler.begin(step)
+                if random.random() < 0.5 and not scheduler.needs_results:  # one more, while the result is out
+                    ahead = scheduler.schedule()
+                    if ahead.sequences:
+                        more = executor.begin(ahead).result()
+                        scheduler.begin(ahead)
+                        scheduler.commit(step, sampled)
+                        step, sampled = ahead, more
+                scheduler.commit(step, sampled)
+        same += executor.same
+    assert same > 100, "steps of the same decodes have the very same list of them"
