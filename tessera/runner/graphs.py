@@ -69,7 +69,7 @@ class StaticInputs:
         self.parameters = torch.zeros(rows, 5, dtype=torch.float64, device=device)
         self.sampled = torch.zeros(rows, dtype=torch.int64, device=device)
         """Token ids of the step before."""
-        self._sampling = SamplingRows([])
+        self._sampling = SamplingRows.of([])
         self.clear()
 
     def batch(self, rows: int, kv_lens_cpu: list[int], max_kv_len: int) -> Batch:

@@ -17,32 +17,38 @@ _NEVER = 2**62
 
 
 class SamplingRows:
-    """What a step's rows are sampled by; made once for a list of sequences and kept while it is the same."""
+    """What a step's rows are sampled by; kept from step to step, for a sequence never changes its own.
 
-    def __init__(self, sequences: Items[Sequence]) -> None:
-        """Sequences that come and go change one row each: see `following`."""
+    table    [rows, 5] float64: as `parameters` gives it, without the random number
+    numbers  [3, rows] uint64: seed, mixed once; tokens of the prompt; tokens from which on a row is plain
+    """
+
+    def __init__(self, sequences: Items[Sequence], table: NDArray[np.float64], numbers: NDArray[np.uint64]) -> None:
         self.sequences = sequences
-        self._table = np.array([_parameters(each) for each in sequences], np.float64).reshape(-1, 5)
-        self._numbers = np.array([_numbers(each) for each in sequences], np.uint64).reshape(-1, 3).T.copy()
-        self._numbers[0] = _mix64(self._numbers[0])
-        self._look()
+        self._table, self._numbers = table, numbers
+        self._random = table[:, 0] > 0
+        self.all_greedy = not self._random.any()
+
+    @classmethod
+    def of(cls, sequences: Items[Sequence]) -> SamplingRows:
+        """Each row made anew."""
+        table = np.array([_parameters(each) for each in sequences], np.float64).reshape(-1, 5)
+        numbers = np.array([_numbers(each) for each in sequences], np.uint64).reshape(-1, 3).T.copy()
+        numbers[0] = _mix64(numbers[0])
+        return cls(sequences, table, numbers)
 
     def following(self, sequences: Items[Sequence]) -> SamplingRows:
-        """The rows of the next step; what is known of a sequence is kept."""
+        """The rows of the next step; only those of sequences that were not in this one are made."""
         if sequences is self.sequences:
             return self
-        known = rows_among(sequences, self.sequences)
-        new = np.nonzero(known < 0)[0]
-        fresh = SamplingRows([sequences[row] for row in new.tolist()])
+        before = rows_among(sequences, self.sequences)
+        new = np.nonzero(before < 0)[0]
+        made = SamplingRows.of([sequences[row] for row in new.tolist()])
         if len(new) == len(sequences):
-            fresh.sequences = sequences
-            return fresh
-        rows = object.__new__(SamplingRows)
-        rows.sequences = sequences
-        rows._table, rows._numbers = self._table[known], self._numbers[:, known]
-        rows._table[new], rows._numbers[:, new] = fresh._table, fresh._numbers
-        rows._look()
-        return rows
+            return SamplingRows(sequences, made._table, made._numbers)
+        table, numbers = self._table[before], self._numbers.take(before, 1)
+        table[new], numbers[:, new] = made._table, made._numbers
+        return SamplingRows(sequences, table, numbers)
 
     def parameters(self, num_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         """[rows, 5] float64: what `kernels.sampling.sample` is told of each row; zeros where it is greedy.
@@ -50,30 +56,28 @@ class SamplingRows:
         num_tokens  [rows] tokens that each sequence has, pending ones included
         """
         table = self._table.copy()
-        positions = num_tokens.view(np.uint64) - self._num_prompt_tokens
-        np.copyto(table[:, 4], _uniform(self._mixed_seeds, positions), where=self._random)
+        mixed_seeds, prompt, _ = self._numbers
+        positions = num_tokens.view(np.uint64) - prompt
+        np.copyto(table[:, 4], _uniform(mixed_seeds, positions), where=self._random)
         return table
 
     def all_plain(self, num_tokens: NDArray[np.int64]) -> bool:
         """Whether all rows' logits are sampled from as they are, and nothing but the token is asked."""
-        return bool((num_tokens.view(np.uint64) >= self._plain_from).all())
-
-    def _look(self) -> None:
-        self._mixed_seeds, self._num_prompt_tokens, self._plain_from = self._numbers
-        self._random = self._table[:, 0] > 0
-        self.all_greedy = not self._random.any()
+        return bool((num_tokens.view(np.uint64) >= self._numbers[2]).all())
 
 
 def parameters(sequences: Items[Sequence]) -> NDArray[np.float64]:
     """[sequences, 5] float64: `SamplingRows.parameters` of sequences as they stand."""
     num_tokens = np.fromiter((sequence.num_tokens for sequence in sequences), np.int64, len(sequences))
-    return SamplingRows(sequences).parameters(num_tokens)
+    return SamplingRows.of(sequences).parameters(num_tokens)
 
 
 def is_adjusted(sequence: Sequence) -> bool:
     """Whether a row is anything but the model's own: of most it is not, and even a look at each row takes time."""
     params = sequence.params
-    return bool(params.has_penalties or params.logit_bias) or 0 < params.min_tokens > sequence.num_output_tokens
+    if params.has_penalties or params.logit_bias:
+        return True
+    return params.min_tokens > 0 and sequence.num_output_tokens < params.min_tokens
 
 
 def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:

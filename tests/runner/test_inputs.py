@@ -95,7 +95,7 @@ class Checked:
     def __init__(self, random: Random, num_pages: int, page_size: int) -> None:
         self.random, self.page_size = random, page_size
         self.builder = InputBuilder(num_pages, page_size, torch.device("cpu"))
-        self.rows = SamplingRows([])
+        self.rows = SamplingRows.of([])
         self.last: LastSampled | None = None
         self.same = 0
 

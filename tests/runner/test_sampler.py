@@ -214,7 +214,7 @@ def test_the_kernel_is_told_each_rows_own_parameters_and_random_number() -> None
 
 
 def test_rows_that_are_kept_say_what_rows_made_anew_say_whoever_comes_and_goes() -> None:
-    random, kept, alive = Random(0), SamplingRows([]), list[Sequence]()
+    random, kept, alive = Random(0), SamplingRows.of([]), list[Sequence]()
     kinds: list[dict[str, Any]] = [{"temperature": 0.0}, {"top_p": 0.5}, {"min_tokens": 3}, {"min_p": 0.1, "top_k": 4}]
     for _ in range(200):
         alive = [each for each in alive if random.random() < 0.8]
@@ -234,7 +234,7 @@ def test_rows_that_are_kept_say_what_rows_made_anew_say_whoever_comes_and_goes()
 
 @pytest.mark.parametrize("asked", [{"logprobs": 0}, {"presence_penalty": 1.0}, {"logit_bias": {3: 1.0}}])
 def test_a_row_that_asks_more_than_its_token_is_never_plain(asked: dict[str, Any]) -> None:
-    rows = SamplingRows([sequence(temperature=0.0), sequence(temperature=0.0, **asked)])
+    rows = SamplingRows.of([sequence(temperature=0.0), sequence(temperature=0.0, **asked)])
     assert not rows.all_plain(np.array([10_000, 10_000]))
     assert rows.following(rows.sequences[:1]).all_plain(np.array([10_000]))
 
