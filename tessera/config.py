@@ -18,6 +18,7 @@ from tessera.errors import ConfigError
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+LoadFormat = Literal["auto", "dummy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class ModelConfig:
     """Name the model is served under. Left out: the last part of --model."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    load_format: Literal["auto", "dummy"] = "auto"
+    load_format: LoadFormat = "auto"
     """auto reads the weights; dummy makes random ones from config.json alone, for benchmarks."""
     dtype: DTypeName = "auto"
     """Type of weights, activations and cache. auto: on a GPU bfloat16, or float16 for a float16 model or a
@@ -55,8 +56,8 @@ class DeviceConfig:
     tensor_parallel_size: int = 1
     """GPUs that share one model; more than 1 is not built yet and is refused."""
     cuda_graphs: bool | None = None
-    """Replay steps of one token a sequence as CUDA graphs, in place of launching every kernel anew. Left out: on a GPU,
-    wherever the chosen attention allows it."""
+    """Replay steps as CUDA graphs, in place of launching every kernel anew: those of one token a sequence, and those
+    with prompts so short that launching takes longer. Left out: on a GPU, wherever the chosen attention allows it."""
     cpu_threads: int | None = None
     """Threads for the computation on a CPU. Left out: torch's own choice, one a core."""
 

@@ -9,6 +9,7 @@ process of its own. The interpreter of triton 3.9 multiplies bfloat16 wrongly, s
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 MISSING = import_error("triton")
 RUNS = MISSING is None and (INTERPRETED or DEVICE == "cuda")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+TWO_DTYPES = [torch.float32, DTYPES[-1]]
+"""One half type for both, which kernels differ in by nothing but rounding: for tests whose every case is compiled."""
 NOT_HERE = "runs on a GPU, or within test_in_the_interpreter"
 
 needs_kernels = pytest.mark.skipif(not RUNS, reason=MISSING or NOT_HERE)
@@ -68,6 +71,18 @@ def compile_for_hopper(kernel: Any, kinds: dict[str, str], constants: dict[str, 
     source = ASTSource(kernel, signature, values, aligned)
     options = {"num_warps": num_warps, "enable_fp_fusion": False}
     return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+
+
+def loads_before_waiting(ptx: str) -> int:
+    """How many loads each program of a dependent launch makes before it waits for the launch before it.
+
+    AssertionError where one may leave or write before that, or wait twice, or keeps the next launch from starting.
+    """
+    assert ptx.count("griddepcontrol.wait") == 1
+    before, _, _ = re.sub("//.*", "", ptx[ptx.index(".entry") :]).partition("griddepcontrol.wait")
+    assert "griddepcontrol.launch_dependents" in before
+    assert not re.search(r"\b(st\.global|atom\.|red\.|bra|ret|exit|cp\.async)\b", before)
+    return len(re.findall(r"\bld\.global", before))
 
 
 def merges_what_others_wrote(ptx: str) -> bool:

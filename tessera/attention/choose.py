@@ -36,6 +36,8 @@ AUTO = {
     Phase.VISION: ("flash_attn:4", "torch_sdpa", "triton", "naive"),
 }
 """What auto tries in each phase where it may not measure, best first; where it may, what it prefers of equals."""
+_LAST = ("flex", "naive")
+"""Who is set up to be timed after all others: seldom the fastest on a GPU, and `flex` compiles for seconds."""
 _PAGED = (Phase.PREFILL, Phase.DECODE)
 
 
@@ -224,7 +226,8 @@ def _measured(
 def _time(phase: Phase, layers: Mapping[Shape, int], buckets: Sequence[Bucket]) -> Measured:
     """Time every backend that auto may take; BackendError where none answers right."""
     shapes = list(layers)
-    usable, rejected = _candidates(phase, list(dict.fromkeys([*AUTO[phase], *BACKENDS, *plug_ins()])), shapes)
+    preference = dict.fromkeys([*AUTO[phase], *BACKENDS, *plug_ins()])
+    usable, rejected = _candidates(phase, sorted(preference, key=lambda name: name in _LAST), shapes)
     waiting = [name for name in rejected if not reasons_against(name, phase, shapes) and _costs(name, phase, shapes)]
     smallest = min(buckets, key=lambda bucket: bucket.num_seqs * bucket.kv_len)
     for name in [name for name in usable if name not in BACKENDS]:

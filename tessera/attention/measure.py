@@ -35,10 +35,10 @@ BUCKETS = {
     ("cpu", Phase.VISION): [Bucket(1, 256, 256)],
 }
 """Sizes that are timed, the most telling first: when time is short the last are left out."""
-SETUP_SECONDS = {"cpu": 20.0, "cuda": 7.0}
+SETUP_SECONDS = {"cpu": 20.0, "cuda": 8.0}
 """No further candidate of a phase is set up, tested and compiled after so long, those of the fixed order before the
 others: far more than all of them take where their kernels are on disk."""
-TIMING_SECONDS = {"cpu": 1.0, "cuda": 3.0}
+TIMING_SECONDS = {"cpu": 1.0, "cuda": 4.0}
 """No further size is timed after so long; what is begun is finished, for a few calls of some and many of others would
 let chance decide."""
 HOPELESS = 20

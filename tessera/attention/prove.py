@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -54,8 +54,7 @@ def profile_kernels(call: Callable[[], object], device_type: str, claimed: Seque
     events = _cuda_events(call) if on_cuda else _cpu_events(call)
     calls = Counter(event.name for event in events)
     times: defaultdict[str, float] = defaultdict(float)
-    for event in events:
-        spent = event.time_range.elapsed_us() if on_cuda else event.self_cpu_time_total
+    for event, spent in _device_times(events) if on_cuda else ((each, each.self_cpu_time_total) for each in events):
         times[event.name if on_cuda else _billed(event, claimed)] += spent
     if not calls:
         raise BackendError(
@@ -75,6 +74,18 @@ def _billed(event: Any, claimed: Sequence[str]) -> str:
             return str(caller.name)
         caller = caller.cpu_parent
     return str(event.name)
+
+
+def _device_times(events: Iterable[Any]) -> Iterator[tuple[Any, float]]:
+    """Each event with its microseconds, without those in which it waited for the one before it.
+
+    A kernel that is launched dependently is on the device while the kernel before it is still at work.
+    """
+    over = 0.0
+    for event in sorted(events, key=lambda event: event.time_range.end):
+        start, end = event.time_range.start, event.time_range.end
+        yield event, float(end - max(start, over))
+        over = end
 
 
 def _cuda_events(call: Callable[[], object]) -> list[Any]:

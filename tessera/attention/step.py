@@ -140,9 +140,9 @@ class Attention:
             observe=self._observe,
         )
 
-    def graphs_refused(self, backends: Sequence[AttentionBackend[Any]]) -> list[str]:
-        """Why no CUDA graph may record steps that these backends decode; [] where one may."""
-        refusing = [each.name for each in backends if not each.limits[Phase.DECODE].graphs]
+    def graphs_refused(self, phase: Phase, backends: Sequence[AttentionBackend[Any]]) -> list[str]:
+        """Why no CUDA graph may record steps that these backends attend to in a phase; [] where one may."""
+        refusing = [each.name for each in backends if not each.limits[phase].graphs]
         reasons = [f"{name} does not allow it" for name in dict.fromkeys(refusing)]
         return reasons if self.fused else [*reasons, "keys are not written by the fused kernel"]
 
@@ -151,18 +151,20 @@ class Attention:
         k_pages: Sequence[Tensor],
         v_pages: Sequence[Tensor],
         slots: Tensor,
-        batch: Batch,
-        backends: Sequence[AttentionBackend[Any]],
+        batches: Mapping[Phase, tuple[slice, Batch]],
+        backends: Mapping[Phase, Sequence[AttentionBackend[Any]]],
     ) -> StepAttention:
-        """Plan a step of decodes that a CUDA graph records, to be replayed with other numbers in the same tensors.
+        """Plan a step that a CUDA graph records, to be replayed with other numbers in the same tensors.
 
-        batch     its lengths are the longest that will ever be replayed
-        backends  of the set that serves the steps to come, see `serving`; none that `graphs_refused`
+        batches   as in `begin_step`, with the longest lengths that will ever be replayed, in the order of their tokens
+        backends  of each phase the set that serves the steps to come, see `serving`; none that `graphs_refused`
         """
-        plans = tuple(backend.plan_capture(batch) for backend in backends)
-        part = _Part(slice(0, len(slots)), batch, tuple(backends), plans)
+        parts = tuple(
+            _Part(tokens, batch, tuple(backends[phase]), tuple(each.plan_capture(batch) for each in backends[phase]))
+            for phase, (tokens, batch) in batches.items()
+        )
         return StepAttention(
-            k_pages, v_pages, slots, (part,), self._layer_groups, padded=True, turn_and_write=self._turn_and_write
+            k_pages, v_pages, slots, parts, self._layer_groups, padded=True, turn_and_write=self._turn_and_write
         )
 
 
@@ -194,13 +196,17 @@ class StepAttention:
         self._k_pages, self._v_pages, self._slots = k_pages, v_pages, slots
         self._parts, self._layer_groups, self._padded = parts, layer_groups, padded
         self._turn_and_write, self._observe = turn_and_write, observe
-        self._covered = sum(part.tokens.stop - part.tokens.start for part in parts) == len(slots)
+        ends = [0, *(part.tokens.stop for part in parts)]
+        self._covered = ends[-1] == len(slots) and [part.tokens.start for part in parts] == ends[:-1]
 
-    def update(self, batch: Batch) -> None:
-        """Before a graph that recorded this step is replayed with `batch`: refresh what plans keep beside tensors."""
-        (part,) = self._parts
-        for backend, plan in zip(part.backends, part.plans):
-            backend.update_capture(plan, batch)
+    def update(self, *batches: Batch) -> None:
+        """Before a graph that recorded this step is replayed: refresh what plans keep beside tensors.
+
+        batches  one a phase, in the order in which they were recorded
+        """
+        for part, batch in zip(self._parts, batches, strict=True):
+            for backend, plan in zip(part.backends, part.plans):
+                backend.update_capture(plan, batch)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, turn: Turn | None = None, /) -> Tensor:
         """Write the step's keys and values, then attend; tokens of no batch come back as zeros.
@@ -223,9 +229,14 @@ class StepAttention:
         if len(self._parts) == 1 and self._covered:
             part = self._parts[0]
             return part.backends[group].run(part.plans[group], q, k_pages, v_pages)
-        out = q.new_empty(q.shape) if self._covered else q.new_zeros(q.shape)
-        for part in self._parts:
-            out[part.tokens] = part.backends[group].run(part.plans[group], q[part.tokens], k_pages, v_pages)
+        answers = [
+            part.backends[group].run(part.plans[group], q[part.tokens], k_pages, v_pages) for part in self._parts
+        ]
+        if self._covered:  # by parts that stand as their tokens do
+            return torch.cat(answers)
+        out = q.new_zeros(q.shape)
+        for part, answer in zip(self._parts, answers):
+            out[part.tokens] = answer
         return out
 
 

@@ -28,6 +28,7 @@ def find_tile(
     kv_len = gl.load(kv_lens + seq)
     last = kv_len - q_len + gl.minimum((row + ROWS - 1) // GROUP, q_len - 1)
     end = gl.minimum(kv_len, last + 1) if CAUSAL else (gl.minimum(kv_len, last + WINDOW) if WINDOW > 0 else kv_len)
+    end = gl.where(row < q_len * GROUP, end, 0)  # a tile that its sequence does not have, of a graph with room for more
     low = gl.maximum(kv_len - q_len + row // GROUP - WINDOW + 1, 0) // BLOCK_N if WINDOW > 0 else seq * 0
     return number % HEADS, seq, row, begin, q_len, kv_len, low, gl.maximum(gl.cdiv(end, BLOCK_N) - 1, low)
 

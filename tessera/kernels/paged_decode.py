@@ -12,7 +12,8 @@ on no length, so a CUDA graph may replay it with any. Whichever program of a seq
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from tessera.kernels.decode_merge import Workspace, finish_part
 from tessera.kernels.decode_shares import Shares, lengths_block, own_span
-from tessera.kernels.launch import Launcher
+from tessera.kernels.dependent import launch_constants, pdl_on, wait_for_launch
+from tessera.kernels.launch import Launch, Launcher
 from tessera.kernels.packed import UNALIGNED, load_part, log2_soft_cap
 from tessera.kernels.scores import Scores
 
@@ -80,12 +82,13 @@ def paged_decode_kernel(
     HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, SEQS: tl.constexpr, QUERIES: tl.constexpr,
     ROW_TILES: tl.constexpr, PART_ROWS: tl.constexpr, ROWS: tl.constexpr, MERGE_ROWS: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One split of one tile of rows of one key head of one sequence. Shapes as `paged_decode`.
 
     Grid (kv heads * ROW_TILES, splits, seqs), or where lengths decide (SEQS > 0) (kv heads * ROW_TILES, units).
     """
+    wait_for_launch(PDL)
     column = tl.program_id(0)
     kv_head, first_row = column // ROW_TILES, (column % ROW_TILES) * PART_ROWS
     seq, split, begin, q_len, kv_len, oldest, start, size, first_part = own_span(
@@ -125,6 +128,36 @@ def paged_decode_kernel(
 _launch_paged_decode = Launcher(paged_decode_kernel)
 
 
+class Queries(NamedTuple):
+    """What kernels are compiled for of queries."""
+
+    dtype: torch.dtype
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    head_stride: int
+    """Numbers between heads of one token."""
+
+    @classmethod
+    def of(cls, q: Tensor, kv_heads: int) -> Queries:
+        """Of q [tokens, q_heads, head_dim]."""
+        return cls(q.dtype, q.shape[1], kv_heads, q.shape[2], q.stride(1))
+
+
+class _Kind(NamedTuple):
+    """What else they are compiled for, but for options."""
+
+    queries: Queries
+    pages: tuple[int, int, int]
+    """Numbers between heads of k and of v, tokens a page."""
+    scores: Scores
+    sinks: bool
+    max_q_len: int
+    lengths_block: int
+    causal: bool
+    pdl: bool
+
+
 def paged_decode(
     q: Tensor,
     k: Tensor,
@@ -138,6 +171,8 @@ def paged_decode(
     causal: bool,
     scores: Scores,
     options: Mapping[str, int],
+    *,
+    pdl: bool | None = None,
 ) -> Tensor:
     """Attend from each sequence's newest tokens to all of its tokens; zeros where there are none.
 
@@ -149,47 +184,61 @@ def paged_decode(
     page_table  [seqs, max_pages] int32, contiguous rows
     workspace   room for shares.capacity(seqs) parts of `part_rows` rows for each key head and each tile of its rows
     options     BLOCK_N, NUM_STAGES, num_warps
+    pdl         see `dependent.py`; None: where `pdl_on`
     returns     [tokens, q_heads, head_dim]
     """
-    out = q.new_empty(q.shape)
-    num_seqs, num_kv_heads = len(kv_lens), k.shape[2]
-    compiled = constants(q, num_kv_heads, sinks, scores, shares.max_q_len, options)
-    columns = num_kv_heads * compiled["ROW_TILES"]
-    grid = (columns, shares.num_units) if shares.balanced else (columns, shares.num_splits, num_seqs)
-    _launch_paged_decode(
-        grid,
+    out = q.new_empty(*q.shape)  # numbers: a shape takes torch twice as long to read
+    num_seqs, page_size = kv_lens.shape[0], k.shape[1]
+    queries = Queries.of(q, k.shape[2])
+    block = lengths_block(num_seqs) if shares.balanced else 0
+    with_pdl = pdl_on(q.device) if pdl is None else pdl
+    pages = (k.stride(2), v.stride(2), page_size)
+    kind = _Kind(queries, pages, scores, sinks is not None, shares.max_q_len, block, causal, with_pdl)
+    launch, columns = _compiled(kind, tuple(options.items()))
+    launch(
+        (columns, shares.num_units) if shares.balanced else (columns, shares.num_splits, num_seqs),
         q, k, v, page_table, cu_q_lens, kv_lens, kv_lens if sinks is None else sinks, out,
         workspace.part_out, workspace.part_lse, workspace.arrivals,
         *scores.log2, q.stride(0), k.stride(1), v.stride(1), page_table.stride(0),
         num_seqs, shares.num_splits, shares.min_split, shares.capacity(num_seqs),
-        K_HEAD_STRIDE=k.stride(2), V_HEAD_STRIDE=v.stride(2), PAGE_SIZE=k.shape[1], CAUSAL=causal,
-        SEQS=lengths_block(num_seqs) if shares.balanced else 0, **compiled,
     )  # fmt: skip
     return out
 
 
+@cache
+def _compiled(kind: _Kind, options: tuple[tuple[str, int], ...]) -> tuple[Launch, int]:
+    """The launch, and the columns of its grid: key heads times tiles of the rows of each."""
+    k_head, v_head, page_size = kind.pages
+    compiled = constants(kind.queries, kind.sinks, kind.scores, kind.max_q_len, dict(options))
+    launch = _launch_paged_decode.fixed(
+        K_HEAD_STRIDE=k_head, V_HEAD_STRIDE=v_head, PAGE_SIZE=page_size, CAUSAL=kind.causal, SEQS=kind.lengths_block,
+        **compiled, **launch_constants(kind.pdl),
+    )  # fmt: skip
+    return launch, kind.queries.kv_heads * compiled["ROW_TILES"]
+
+
 def constants(
-    q: Tensor, heads: int, sinks: Tensor | None, scores: Scores, max_q_len: int, options: Mapping[str, int]
+    queries: Queries, sinks: bool, scores: Scores, max_q_len: int, options: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The compile-time arguments that follow from queries; `heads` are those of the keys."""
-    group, head_dim = q.shape[1] // heads, q.shape[2]
-    part_rows, row_tiles = tile_rows(group, max_q_len, q.dtype)
+    """The compile-time arguments that follow from queries."""
+    group, head_dim = queries.q_heads // queries.kv_heads, queries.head_dim
+    part_rows, row_tiles = tile_rows(group, max_q_len, queries.dtype)
     pad, merge_rows = triton.next_power_of_2(head_dim), triton.next_power_of_2(part_rows)
     return {
-        "Q_HEAD_STRIDE": q.stride(1),
+        "Q_HEAD_STRIDE": queries.head_stride,
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "HEAD_PAD": pad,
         "WINDOW": scores.window or 0,
         "SOFT_CAP": scores.soft_cap is not None,
-        "SINKS": sinks is not None,
+        "SINKS": sinks,
         "QUERIES": triton.next_power_of_2(max_q_len),
         "ROW_TILES": row_tiles,
         "PART_ROWS": part_rows,
         "ROWS": max(16, merge_rows),
         "MERGE_ROWS": merge_rows,
         "PARTS": max(1, min(16, 2048 * options["num_warps"] // (merge_rows * pad))),
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if queries.dtype == torch.float32 else "tf32",
         **options,
     }
 

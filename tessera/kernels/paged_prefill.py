@@ -35,6 +35,8 @@ def paged_prefill_kernel(
     seq, tile = tl.load(tiles + 2 * tl.program_id(1)), tl.load(tiles + 2 * tl.program_id(1) + 1)
     begin = tl.load(cu_q_lens + seq).to(tl.int64)
     q_len = tl.load(cu_q_lens + seq + 1) - begin.to(tl.int32)
+    if tile * BLOCK_M >= q_len * GROUP:  # of a graph with room for more
+        return
     attend_queries(
         q + begin * q_stride, k + kv_head * K_HEAD_STRIDE, v + kv_head * V_HEAD_STRIDE,
         page_table + seq.to(tl.int64) * table_stride, sinks, out + begin * out_stride,
@@ -69,7 +71,8 @@ def paged_prefill(
     cu_q_lens   [seqs + 1] int32
     kv_lens     [seqs] int32
     page_table  [seqs, max_pages] int32, contiguous rows
-    tiles       [n, 2] int32: (sequence, tile of its BLOCK_M rows; a row is a query and a head of a group), all once
+    tiles       [n, 2] int32: (sequence, tile of its BLOCK_M rows; a row is a query and a head of a group), all once;
+                a tile that its sequence does not have is left out
     options     BLOCK_M, BLOCK_N, NUM_STAGES, num_warps
     returns     [tokens, q_heads, head_dim]
     """

@@ -8,11 +8,15 @@ and write keys up to five times. Here every number is read once and written once
 # mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator"
 from __future__ import annotations
 
+from functools import cache
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tessera.kernels.launch import Launcher
+from tessera.kernels.dependent import launch_constants, pdl_on, wait_for_launch
+from tessera.kernels.launch import Launch, Launcher
 from tessera.kernels.turn import Turn
 
 BLOCK = 1024
@@ -75,12 +79,14 @@ def rope_pages_kernel(
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, Q_HEAD_STRIDE: tl.constexpr, K_HEAD_STRIDE: tl.constexpr,
     V_HEAD_STRIDE: tl.constexpr, K_PAGE_HEAD_STRIDE: tl.constexpr, V_PAGE_HEAD_STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """A few heads of q, of k or of v of one token; grid (tokens * blocks of heads). Shapes as `rope_pages`."""
     Q_BLOCKS: tl.constexpr = (Q_HEADS + HEADS - 1) // HEADS
     KV_BLOCKS: tl.constexpr = (KV_HEADS + HEADS - 1) // HEADS
     token = (tl.program_id(0) // (Q_BLOCKS + 2 * KV_BLOCKS)).to(tl.int64)
     block = tl.program_id(0) % (Q_BLOCKS + 2 * KV_BLOCKS)
+    wait_for_launch(PDL)
     cosines += token * cosine_stride
     sines += token * sine_stride
     if block < Q_BLOCKS:
@@ -107,32 +113,68 @@ def rope_pages_kernel(
 _launch_rope_pages = Launcher(rope_pages_kernel)
 
 
-def rope_pages(q: Tensor, k: Tensor, v: Tensor, turn: Turn, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> Tensor:
+class _Heads(NamedTuple):
+    """What a launch is compiled for."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    strides: tuple[int, int, int, int, int]
+    """Between heads of q, k, v and of the pages of k and v."""
+    norm: bool
+    rope: bool
+    pdl: bool
+
+
+def rope_pages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    turn: Turn,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    *,
+    pdl: bool | None = None,
+) -> Tensor:
     """Turn q and k, write the turned k and v to their slots and touch no other byte of the pages.
 
     q, k, v           [tokens, q_heads or kv_heads, head_dim], strided but for the last dimension; left as they are
     k_pages, v_pages  [pages, page_size, kv_heads, head_dim], pages one behind the other; written in place
     slots             [tokens] int64, none twice; a negative one is padding and nothing is written for it
+    pdl               see `dependent.py`; None: where `pdl_on`
     returns           the turned q, [tokens, q_heads, head_dim], contiguous
     """
     tokens, q_heads, head_dim = q.shape
-    out = q.new_empty(q.shape)
+    out = q.new_empty(tokens, q_heads, head_dim)  # numbers: a shape takes torch twice as long to read
     if not tokens:
         return out
-    kv_heads = k.shape[1]
-    pad = triton.next_power_of_2((head_dim + 1) // 2)
-    heads = min(MAX_HEADS, max(1, BLOCK // (2 * pad)), triton.next_power_of_2(max(q_heads, kv_heads)))
     norm, rope = turn.q_weight is not None, turn.rotation is not None
     cosines, sines = turn.rotation or (q, q)
-    _launch_rope_pages(
-        (tokens * (triton.cdiv(q_heads, heads) + 2 * triton.cdiv(kv_heads, heads)),),
+    (q_stride, q_head, _), (k_stride, k_head, _), (v_stride, v_head, _) = q.stride(), k.stride(), v.stride()
+    (_, k_slot, k_page_head, _), (_, v_slot, v_page_head, _) = k_pages.stride(), v_pages.stride()
+    strides = (q_head, k_head, v_head, k_page_head, v_page_head)
+    with_pdl = pdl_on(q.device) if pdl is None else pdl
+    launch, programs = _compiled(_Heads(q_heads, k.shape[1], head_dim, strides, norm, rope, with_pdl))
+    launch(
+        (tokens * programs,),
         q, k, v, out, k_pages, v_pages, slots,
         turn.q_weight if norm else q, turn.k_weight if norm else q, cosines, sines,
-        q.stride(0), k.stride(0), v.stride(0), k_pages.stride(1), v_pages.stride(1),
-        cosines.stride(0), sines.stride(0), turn.eps,
-        Q_HEADS=q_heads, KV_HEADS=kv_heads, Q_HEAD_STRIDE=q.stride(1), K_HEAD_STRIDE=k.stride(1),
-        V_HEAD_STRIDE=v.stride(1), K_PAGE_HEAD_STRIDE=k_pages.stride(2), V_PAGE_HEAD_STRIDE=v_pages.stride(2),
-        HEAD_DIM=head_dim, HEADS=heads, PAD=pad, NORM=norm, ROPE=rope,
-        num_warps=max(1, heads * pad // 256), enable_fp_fusion=False,
+        q_stride, k_stride, v_stride, k_slot, v_slot, cosines.stride()[0], sines.stride()[0], turn.eps,
     )  # fmt: skip
     return out
+
+
+@cache
+def _compiled(of: _Heads) -> tuple[Launch, int]:
+    """The launch, and programs a token."""
+    pad = triton.next_power_of_2((of.head_dim + 1) // 2)
+    most = triton.next_power_of_2(max(of.q_heads, of.kv_heads))
+    heads = min(MAX_HEADS, max(1, BLOCK // (2 * pad)), most)
+    names = ("Q_HEAD_STRIDE", "K_HEAD_STRIDE", "V_HEAD_STRIDE", "K_PAGE_HEAD_STRIDE", "V_PAGE_HEAD_STRIDE")
+    launch = _launch_rope_pages.fixed(
+        Q_HEADS=of.q_heads, KV_HEADS=of.kv_heads, HEAD_DIM=of.head_dim, HEADS=heads, PAD=pad,
+        NORM=of.norm, ROPE=of.rope, num_warps=max(1, heads * pad // 256), enable_fp_fusion=False,
+        **dict(zip(names, of.strides)), **launch_constants(of.pdl),
+    )  # fmt: skip
+    return launch, triton.cdiv(of.q_heads, heads) + 2 * triton.cdiv(of.kv_heads, heads)

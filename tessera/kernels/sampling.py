@@ -11,12 +11,15 @@ Its sums are whole numbers of 2^-40, so no order of adding changes them and a ro
 # mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator"
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tessera.kernels.launch import Launcher
+from tessera.kernels.dependent import launch_constants, pdl_on, wait_for_launch
+from tessera.kernels.launch import Launch, Launcher
 
 BLOCK = 4096
 """Logits that a program looks at together."""
@@ -146,9 +149,10 @@ def _draw(
 @triton.jit
 def sample_kernel(
     logits: tl.tensor, parameters: tl.tensor, out: tl.tensor, row_stride: tl.tensor, size: tl.tensor,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row; grid (rows). Shapes as `sample`."""
+    wait_for_launch(PDL)
     number = tl.program_id(0).to(tl.int64)
     row = logits + number * row_stride
     temperature = tl.load(parameters + number * 5).to(tl.float32)
@@ -174,12 +178,13 @@ def sample_kernel(
 _launch_sample = Launcher(sample_kernel)
 
 
-def sample(logits: Tensor, parameters: Tensor) -> Tensor:
+def sample(logits: Tensor, parameters: Tensor, *, pdl: bool | None = None) -> Tensor:
     """One token a row, decided by that row's logits and parameters alone; of equal largest logits the lowest id.
 
     logits      [rows, vocab] float32, rows contiguous; left as they are. NaN counts as -inf
     parameters  [rows, 5] float64, columns as PARAMETERS: temperature, 0 for the most likely token; top_k, 0 for all;
                 top_p, 1 for all; min_p, 0 for all; draw, in [0, 1) and a multiple of 2^-32
+    pdl         see `dependent.py`; None: where `pdl_on`
     returns     [rows] int64
 
     Tokens equal to the k-th are all kept. Weights below 2^-40 of the largest count as 0.
@@ -187,11 +192,15 @@ def sample(logits: Tensor, parameters: Tensor) -> Tensor:
     rows, size = logits.shape
     out = parameters.new_empty(rows, dtype=torch.int64)
     if rows:
-        block = min(BLOCK, triton.next_power_of_2(size))
-        blocks = triton.next_power_of_2(triton.cdiv(size, block))
-        _launch_sample(
-            (rows,),
-            logits, parameters, out, logits.stride(0), size,
-            BLOCK=block, BLOCKS=blocks, num_warps=max(1, min(16, block // 256)), enable_fp_fusion=False,
-        )  # fmt: skip
+        launch = _compiled(size, pdl_on(logits.device) if pdl is None else pdl)
+        launch((rows,), logits, parameters, out, logits.stride(0), size)
     return out
+
+
+@cache
+def _compiled(size: int, pdl: bool) -> Launch:
+    block = min(BLOCK, triton.next_power_of_2(size))
+    blocks, num_warps = triton.next_power_of_2(triton.cdiv(size, block)), max(1, min(16, block // 256))
+    return _launch_sample.fixed(
+        BLOCK=block, BLOCKS=blocks, num_warps=num_warps, enable_fp_fusion=False, **launch_constants(pdl)
+    )

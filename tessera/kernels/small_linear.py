@@ -13,17 +13,15 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 
-from tessera.kernels.launch import Launcher
+from tessera.kernels.dependent import launch_constants, pdl_on
+from tessera.kernels.launch import Launch, Launcher
 from tessera.kernels.small_linear_kernels import few_rows_kernel, more_rows_kernel
 from tessera.kernels.small_linear_tiles import FEW_ROWS, MAX_ROWS, few_rows_tiles, more_rows_tiles
 
-__all__ = ["MAX_ROWS", "Norm", "pdl_on", "serves_small", "small_linear"]
-
-PDL_CAPABILITY = (9, 0)
+__all__ = ["MAX_ROWS", "Norm", "serves_small", "small_linear"]
 
 
 class Norm(NamedTuple):
@@ -38,12 +36,6 @@ class Norm(NamedTuple):
 def serves_small(num_rows: int, weight: Tensor) -> bool:
     """Whether `small_linear` multiplies so many rows by this weight: 1 to 16 rows, a weight as `nn.Linear` has it."""
     return 1 <= num_rows <= MAX_ROWS and weight.dim() == 2 and weight.numel() > 0 and weight.is_contiguous()
-
-
-@cache
-def pdl_on(device: torch.device) -> bool:
-    """Whether a device has programmatic dependent launch: from Hopper on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
 
 
 _launch_few_rows, _launch_more_rows = Launcher(few_rows_kernel), Launcher(more_rows_kernel)
@@ -69,44 +61,52 @@ def small_linear(
               which take more, have it rounded. Either way the normed x is not, which torch rounds.
     residual  [rows, outputs], rows may lie apart; left as it is
     gated     act is silu(gate) * up, neither rounded before, where torch rounds gate, up and silu(gate)
-    pdl       programmatic dependent launch: the program starts, and asks for weights, while the launch before it on
-              the stream is still at work, and waits for that before it touches x, residual or out. Holds for any
-              neighbours whose own launches, if they are of this kind, wait (`gdc_wait`) in every program before they
-              read or write; weights must not have been written by the launch just before. None: where `pdl_on`.
+    pdl       programmatic dependent launch, see `dependent.py`: a program asks for weights before it waits, so
+              they must not have been written by launches that may still be at work. None: where `pdl_on`
     returns   [rows, outputs], a new tensor
     """
-    num_rows, num_inputs = x.shape
-    num_weight_rows = weight.shape[0]
+    num_rows = x.shape[0]
     if not serves_small(num_rows, weight):
         raise ValueError(f"{num_rows} rows times a weight of {tuple(weight.shape)} are not for small_linear")
-    rows, residual_rows = _rows(x), None if residual is None else _rows(residual)
+    rows, added = _rows(x), None if residual is None else _rows(residual)
+    num_weight_rows, num_inputs = weight.shape
+    parts = (norm is not None, bias is not None, residual is not None, gated)
+    with_pdl = pdl_on(x.device) if pdl is None else pdl
+    launch, programs = _compiled(num_rows, num_weight_rows, num_inputs, weight.element_size(), parts, with_pdl)
     num_outputs = num_weight_rows // 2 if gated else num_weight_rows
     out = rows.new_empty(num_rows, num_outputs)
-    launch, constants, per_program, num_warps = _compiled(num_rows, weight)
-    with_pdl = pdl_on(x.device) if pdl is None else pdl
-    options = {"launch_pdl": True} if with_pdl else {}
+    if added is None:
+        added = out
     launch(
-        (triton.cdiv(num_weight_rows, per_program),),
-        rows, weight, rows if bias is None else bias, rows if norm is None else norm.weight,
-        out if residual_rows is None else residual_rows, out,
-        rows.stride(0), num_outputs if residual_rows is None else residual_rows.stride(0), num_rows, num_outputs,
-        0.0 if norm is None else norm.eps,
-        K=num_inputs, NORM=norm is not None, BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated,
-        PDL=with_pdl, num_warps=num_warps, enable_fp_fusion=False, **constants, **options,
+        (programs,),
+        rows, weight, rows if bias is None else bias, rows if norm is None else norm.weight, added, out,
+        rows.stride(0), added.stride(0), num_rows, num_outputs, 0.0 if norm is None else norm.eps,
     )  # fmt: skip
     return out
 
 
-def _compiled(num_rows: int, weight: Tensor) -> tuple[Launcher, dict[str, int], int, int]:
-    """The kernel for so many rows of this weight, what is compiled in, rows of the weight a program, and warps."""
-    num_weight_rows, num_inputs = weight.shape
+@cache
+def _compiled(
+    num_rows: int,
+    num_weight_rows: int,
+    num_inputs: int,
+    item_bytes: int,
+    parts: tuple[bool, bool, bool, bool],
+    pdl: bool,
+) -> tuple[Launch, int]:
+    """The launch of so many rows of such a weight, and how many programs it has; parts: norm, bias, residual, gated."""
+    constants: dict[str, int] = {"K": num_inputs, **dict(zip(("NORM", "BIAS", "RESIDUAL", "GATED"), parts))}
     if num_rows <= FEW_ROWS:
-        few = few_rows_tiles(num_rows, num_weight_rows, num_inputs)
-        constants = {"ROWS": few.rows, "TILE": few.tile, "CHUNK": few.chunk, "HELD": few.held}
-        return _launch_few_rows, constants, few.tile, few.num_warps
-    more = more_rows_tiles(num_weight_rows, num_inputs, weight.element_size())
-    constants = {"ROWS": more.rows, "TILE": more.tile, "CHUNK": more.chunk, "STAGES": more.stages, "LINES": more.lines}
-    return _launch_more_rows, constants, more.tile, more.num_warps
+        launcher, few = _launch_few_rows, few_rows_tiles(num_rows, num_weight_rows, num_inputs)
+        constants |= {"ROWS": few.rows, "TILE": few.tile, "CHUNK": few.chunk, "HELD": few.held}
+        tile, num_warps = few.tile, few.num_warps
+    else:
+        launcher, more = _launch_more_rows, more_rows_tiles(num_weight_rows, num_inputs, item_bytes)
+        constants |= {"ROWS": more.rows, "TILE": more.tile, "CHUNK": more.chunk}
+        constants |= {"STAGES": more.stages, "LINES": more.lines}
+        tile, num_warps = more.tile, more.num_warps
+    launch = launcher.fixed(**constants, num_warps=num_warps, enable_fp_fusion=False, **launch_constants(pdl))
+    return launch, triton.cdiv(num_weight_rows, tile)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tessera.kernels.dependent import wait_for_launch
+
 
 @triton.jit
 def _weight_rows(
@@ -166,9 +168,7 @@ def few_rows_kernel(
     tiles = ()
     for held in tl.static_range(HELD):
         tiles = tiles + (_chunk(pointers, held * CHUNK, K, CHUNK, (held + 1) * CHUNK <= K),)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_launch(PDL)
     biases, added = _beside(bias, residual, residual_stride, num_rows, num_outputs, ROWS, TILE, BIAS, RESIDUAL, GATED)
     sums, squares = _zeros(ROWS, TILE, CHUNK)
     if LAST > 0:
@@ -225,8 +225,7 @@ def more_rows_kernel(
     pointers = _weight_rows(weight, num_outputs, K, TILE, GATED)
     if PDL:
         _prefetch(pointers, K, LINES)
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_launch(PDL)
     biases, added = _beside(bias, residual, residual_stride, num_rows, num_outputs, ROWS, TILE, BIAS, RESIDUAL, GATED)
     row = tl.arange(0, ROWS)[:, None]
     total = tl.zeros([ROWS, TILE], tl.float32)

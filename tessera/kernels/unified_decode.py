@@ -19,9 +19,10 @@ from torch import Tensor
 
 from tessera.kernels.decode_merge import Workspace, out_rows
 from tessera.kernels.decode_shares import Shares, own_span
+from tessera.kernels.dependent import launch_constants, pdl_on, wait_for_launch
 from tessera.kernels.launch import Launcher
 from tessera.kernels.packed import UNALIGNED, load_part, log2_soft_cap, store_part
-from tessera.kernels.paged_decode import attend_tokens, constants
+from tessera.kernels.paged_decode import Queries, attend_tokens, constants
 from tessera.kernels.scores import LOG2_E, Scores
 
 
@@ -162,9 +163,10 @@ def unified_decode_kernel(
     HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, ROW_TILES: tl.constexpr, PART_ROWS: tl.constexpr,
     ROWS: tl.constexpr, MERGE_ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One split of one tile of rows of one key head of a sequence; grid (kv heads * ROW_TILES, splits, seqs)."""
+    wait_for_launch(PDL)
     column = tl.program_id(0)
     kv_head, first_row = column // ROW_TILES, (column % ROW_TILES) * PART_ROWS
     seq, split, _, _, kv_len, oldest, start, size, first_part = own_span(
@@ -225,10 +227,12 @@ def unified_decode(
     shares      even ones, of one new token a sequence
     the rest    as `paged_decode`
     returns     [seqs, q_heads, head_dim]; workspace.recomputed grows by the parts that were computed again
+
+    Launched dependently where `pdl_on`.
     """
     assert not shares.balanced and shares.max_q_len == 1
     out = q.new_empty(q.shape)
-    compiled = constants(q, k.shape[2], sinks, scores, 1, options)
+    compiled = constants(Queries.of(q, k.shape[2]), sinks is not None, scores, 1, options)
     del compiled["QUERIES"]
     _launch_unified_decode(
         (k.shape[2] * compiled["ROW_TILES"], shares.num_splits, len(kv_lens)),
@@ -238,5 +242,6 @@ def unified_decode(
         len(kv_lens), shares.num_splits, shares.min_split, shares.capacity(len(kv_lens)),
         LOWEST=unified.lowest, HIGHEST=unified.highest,
         K_HEAD_STRIDE=k.stride(2), V_HEAD_STRIDE=v.stride(2), PAGE_SIZE=k.shape[1], **compiled,
+        **launch_constants(pdl_on(q.device)),
     )  # fmt: skip
     return out

@@ -23,10 +23,10 @@ class LlamaLayer(nn.Module):
 
     The MLP's output is not added here but by the norm that follows, the next layer's or the model's, which may do
     both in one launch. In a small step of a fused layer nothing is left to be added: the norms ride on the products
-    behind them and the sums on those before, six launches in all.
+    behind them and the sums on those before, six launches in all (eight beyond `FEW_ROWS`, see `Linear.small`).
 
-    fused  whether Triton kernels compute what lies between the products, and in steps of at most `MAX_ROWS` tokens the
-           products themselves; None: wherever they run
+    fused  whether Triton kernels compute what lies between the products, and in steps of at most `SMALL_TOKENS`
+           tokens the products themselves; None: wherever they run
     """
 
     def __init__(self, spec: ModelSpec, layer: int, placement: Placement, *, fused: bool | None = None) -> None:
@@ -48,7 +48,7 @@ class LlamaLayer(nn.Module):
         self, hidden: Tensor, update: Tensor | None, rotation: Rotation, attend: Attend
     ) -> tuple[Tensor, Tensor | None]:
         """What came in and what is still to be added to it -> the same after this layer; all [tokens, hidden_size]."""
-        if self.fused and update is None and self.attention.qkv.serves_small(hidden.shape[0]):
+        if self.fused and update is None and self._serves_small(hidden.shape[0]):
             hidden = self.attention.add_small(hidden, self.attention_norm, rotation, attend)
             return self.mlp.add_small(hidden, self.mlp_norm), None
         if update is None:
@@ -57,6 +57,10 @@ class LlamaLayer(nn.Module):
             hidden, normed = self.attention_norm.add(hidden, update)
         hidden, normed = self.mlp_norm.add(hidden, self.attention(normed, rotation, attend))
         return hidden, self.mlp(normed)
+
+    def _serves_small(self, num_tokens: int) -> bool:
+        products = (self.attention.qkv, self.attention.output, self.mlp.gate_up, self.mlp.down)
+        return all(each.serves_small(num_tokens) for each in products)
 
     def slots(self, prefix: str) -> dict[str, Tensor]:
         """The weights of a layer under the names that transformers gives them."""

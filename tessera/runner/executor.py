@@ -22,6 +22,7 @@ from tessera.config import EngineConfig
 from tessera.errors import CapacityError, ConfigError
 from tessera.log import logger
 from tessera.model.language_model import LanguageModel
+from tessera.model.layers.linear import Linear
 from tessera.model.registry import load_model, num_weight_bytes
 from tessera.model.source import ModelSource
 from tessera.model.spec import ModelSpec
@@ -29,6 +30,7 @@ from tessera.runner import memory
 from tessera.runner.calibrate import calibrate
 from tessera.runner.device import capability, device_name, shared_memory
 from tessera.runner.graphs import DecodeGraphs, GraphLimits
+from tessera.runner.mixed_inputs import MixedLimits
 from tessera.runner.prove import StepLimits, prove_steps
 from tessera.runner.runner import Runner, RunningStep
 from tessera.runner.sampler import Sampler
@@ -79,9 +81,8 @@ class Executor:
         usable = self._usable_bytes(model, attention, page_size, max_num_batched_tokens)
         num_pages, max_model_len = self._num_pages(usable, page_size)
         k_pages, v_pages = self._allocate(num_pages, page_size, self._spec.num_layers)
-        graph_limits, said = self._graph_limits(attention, num_pages, page_size, max_model_len)
-        if said:
-            choices = [replace(c, reason=f"{c.reason}; {said}") if c.phase == Phase.DECODE else c for c in choices]
+        graph_limits, said = self._graph_limits(model, attention, num_pages, page_size, max_model_len)
+        choices = [replace(c, reason="; ".join(filter(None, (c.reason, said.get(Phase(c.phase)))))) for c in choices]
         self._runner = Runner(model, attention, k_pages, v_pages, self._device, graph_limits)
         limits = StepLimits(
             max_num_seqs=self._config.scheduler.max_num_seqs,
@@ -91,8 +92,8 @@ class Executor:
             page_size=page_size,
         )
         if found := calibrate(model, attention, (k_pages, v_pages), limits, self._device):
-            said = f"unified maximum {found.phi:.2f}, which suits {found.model.safe_share:.2%} of rows"
-            choices = [replace(c, reason=f"{c.reason}; {said}") if c.phase == Phase.DECODE else c for c in choices]
+            unified = f"unified maximum {found.phi:.2f}, which suits {found.model.safe_share:.2%} of rows"
+            choices = [replace(c, reason=f"{c.reason}; {unified}") if c.phase == Phase.DECODE else c for c in choices]
         if self._config.attention.prove_attention:
             proofs = prove_steps(attention, self._runner, limits, device_name(self._device))
             choices = [replace(choice, proofs=proofs[choice.phase]) for choice in choices]
@@ -111,12 +112,12 @@ class Executor:
         return self._runner.logits(step)
 
     def _graph_limits(
-        self, attention: Attention, num_pages: int, page_size: int, max_model_len: int
-    ) -> tuple[GraphLimits | None, str]:
-        """What decode steps may be recorded, and what to say of it; ConfigError where graphs are asked for in vain."""
+        self, model: LanguageModel, attention: Attention, num_pages: int, page_size: int, max_model_len: int
+    ) -> tuple[MixedLimits | None, dict[Phase, str]]:
+        """What steps may be recorded, and what to say of each phase; ConfigError where graphs are asked for in vain."""
         wanted = self._config.device.cuda_graphs
         if wanted is False or (self._device.type != "cuda" and wanted is None):
-            return None, ""
+            return None, {}
         refused = [f"the device is {self._device.type}"]
         if self._device.type == "cuda":
             refused = DecodeGraphs.refused(attention, Sampler(self._spec.eos_token_ids, self._device))
@@ -125,8 +126,16 @@ class Executor:
                 f"--cuda-graphs asks that decode steps are replayed as CUDA graphs, but {', '.join(refused)}",
                 "name another --decode-attention, or leave --cuda-graphs out to use them where they are allowed",
             )
-        limits = GraphLimits(self._config.scheduler.max_num_seqs, max_model_len, page_size, num_pages)
-        return limits, f"not in CUDA graphs everywhere: {', '.join(refused)}" if refused else "in CUDA graphs"
+        graphs = GraphLimits(self._config.scheduler.max_num_seqs, max_model_len, page_size, num_pages)
+        limits = self._mixed_limits(model, graphs)
+        said = {Phase.DECODE: f"not in CUDA graphs everywhere: {', '.join(refused)}" if refused else "in CUDA graphs"}
+        if any(not attention.graphs_refused(Phase.PREFILL, each) for each in attention.bound(Phase.PREFILL)):
+            said[Phase.PREFILL] = f"in CUDA graphs where it allows them, up to {limits.most_tokens} tokens a step"
+        return limits, said
+
+    def _mixed_limits(self, model: LanguageModel, graphs: GraphLimits) -> MixedLimits:
+        num_weights = sum(each.weight.numel() for each in model.modules() if isinstance(each, Linear))
+        return MixedLimits.worth(graphs, self._config.scheduler.resolve_budget(self._device.type), num_weights)
 
     def _choose_attention(self) -> tuple[Attention, int, list[AttentionChoice]]:
         """Attention that has passed its self-test, its page size, and how each backend was chosen."""
@@ -202,15 +211,16 @@ class Executor:
         activations = torch.cuda.max_memory_allocated(self._device) - before
         torch.cuda.empty_cache()
         taken = total - memory.free_memory_bytes(self._device)
-        return int(total * cache.gpu_memory_utilization) - taken - activations - self._graph_bytes()
+        return int(total * cache.gpu_memory_utilization) - taken - activations - self._graph_bytes(model)
 
-    def _graph_bytes(self) -> int:
-        """What graphs of decode steps share: the logits and a layer's activations of the largest of them."""
+    def _graph_bytes(self, model: LanguageModel) -> int:
+        """What graphs share: the logits and a layer's activations of the largest of them, apart for each kind."""
         if self._config.device.cuda_graphs is False:
             return 0
-        spec, size = self._spec, self._dtype.itemsize
-        layer = 8 * spec.hidden_size + 3 * spec.intermediate_size
-        return self._config.scheduler.max_num_seqs * (4 * spec.vocab_size + size * layer)
+        spec, size, most = self._spec, self._dtype.itemsize, self._config.scheduler.max_num_seqs
+        layer = size * (8 * spec.hidden_size + 3 * spec.intermediate_size)
+        tokens = self._mixed_limits(model, GraphLimits(most, 1, 1, 1)).most_tokens
+        return 3 * most * 4 * spec.vocab_size + (2 * most + tokens) * layer
 
     def _run_largest_step(self, model: LanguageModel, attention: Attention, page_size: int, max_tokens: int) -> None:
         """Run a step as large as any will be, with sampling, over one layer's worth of scratch pages."""

@@ -155,7 +155,7 @@ class DecodeGraphs:
         """Why steps of some size cannot be recorded; [] where all can."""
         reasons = [] if sampler.fused else ["tokens are not sampled by the fused kernel"]
         for backends in attention.bound(Phase.DECODE):
-            reasons += attention.graphs_refused(backends)
+            reasons += attention.graphs_refused(Phase.DECODE, backends)
         return list(dict.fromkeys(reasons))
 
     def serves(self, step: Step, host: HostInputs) -> bool:
@@ -164,7 +164,7 @@ class DecodeGraphs:
             return False
         if len(host.q_lens) > self._limits.max_num_seqs or step.owed_logprobs:
             return False
-        return not self._attention.graphs_refused(self._serving(host))
+        return not self._attention.graphs_refused(Phase.DECODE, self._serving(host))
 
     def begin(self, step: Step, host: HostInputs, last: LastSampled | None) -> Sampled:
         """Replay the graph of a step that it `serves`; what is sampled stands in the same memory step after step."""
@@ -205,7 +205,8 @@ class DecodeGraphs:
         sampled = static.sampled.clone()  # what the step before sampled is still wanted
         static.clear()
         batch = static.batch(rows, [longest] * rows, longest)
-        attend = self._attention.begin_capture(*self._pools, static.slots[:rows], batch, backends)
+        batches = {Phase.DECODE: (slice(0, rows), batch)}
+        attend = self._attention.begin_capture(*self._pools, static.slots[:rows], batches, {Phase.DECODE: backends})
         graph, hidden = capture(lambda: self._compute(attend, rows), lambda: self._compute(attend, rows), self._memory)
         static.sampled.copy_(sampled)
         return _Graph(graph, attend, hidden)

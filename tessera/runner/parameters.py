@@ -80,6 +80,11 @@ def is_adjusted(sequence: Sequence) -> bool:
     return params.min_tokens > 0 and sequence.num_output_tokens < params.min_tokens
 
 
+def is_plain(sequence: Sequence) -> bool:
+    """Whether a row's logits are sampled from as they are, and nothing but the token is asked."""
+    return sequence.params.logprobs is None and not is_adjusted(sequence)
+
+
 def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Numbers in [0, 1) that depend on seed and position alone: two rounds of SplitMix64's mixer.
 

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from tessera.attention.step import Attention
 from tessera.model.language_model import LanguageModel
-from tessera.runner.graphs import DecodeGraphs, GraphLimits
+from tessera.runner.graphs import DecodeGraphs
 from tessera.runner.inputs import InputBuilder, LastSampled, StepInputs
+from tessera.runner.mixed_graphs import MixedGraphs
+from tessera.runner.mixed_inputs import MixedLimits
 from tessera.runner.sampler import Sampled, Sampler, logprob_entries, measure_logprobs
 from tessera.runner.transfer import HostCopy
 from tessera.step import Step, StepResult
@@ -40,7 +42,7 @@ class Runner:
     """Owns the page pools of one device and computes steps on them.
 
     k_pages, v_pages  one a layer, [pages, page_size, kv_heads, head_dim]
-    graph_limits      steps of decodes within these are replayed as CUDA graphs, where backends allow it; None: never
+    graph_limits      steps within these are replayed as CUDA graphs, where backends allow it; None: never
     """
 
     def __init__(
@@ -50,16 +52,17 @@ class Runner:
         k_pages: Items[Tensor],
         v_pages: Items[Tensor],
         device: torch.device,
-        graph_limits: GraphLimits | None = None,
+        graph_limits: MixedLimits | None = None,
     ) -> None:
         self._model, self._attention = model, attention
         self._k_pages, self._v_pages = k_pages, v_pages
         self._inputs = InputBuilder(len(k_pages[0]), k_pages[0].shape[1], device)
         self._sampler = Sampler(model.spec.eos_token_ids, device)
         self._last: LastSampled | None = None
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: list[DecodeGraphs | MixedGraphs] = []
         if graph_limits is not None:
-            self._graphs = DecodeGraphs(model, attention, (k_pages, v_pages), self._sampler, graph_limits)
+            given = (model, attention, (k_pages, v_pages), self._sampler)
+            self._graphs = [DecodeGraphs(*given, graph_limits.graphs), MixedGraphs(*given, graph_limits)]
 
     @torch.inference_mode()
     def begin(self, step: Step) -> RunningStep:
@@ -68,10 +71,12 @@ class Runner:
         A token that is pending is taken from the step that was begun before this one.
         """
         host = self._inputs.build_on_host(step, self._last)
-        if self._graphs is not None and self._graphs.serves(step, host):
-            sampled = self._graphs.begin(step, host, self._last)
-            self._last = LastSampled(step.sampling, sampled.token_ids)
-            return RunningStep(sampled, {})
+        for graphs in self._graphs:
+            if graphs.serves(step, host):
+                sampled = graphs.begin(step, host, self._last)
+                if isinstance(sampled, Sampled):
+                    self._last = LastSampled(step.sampling, sampled.token_ids)
+                return RunningStep(sampled, {})
         return self._compute(step, self._inputs.bring_over(step, host, self._last))
 
     def _compute(self, step: Step, inputs: StepInputs) -> RunningStep:

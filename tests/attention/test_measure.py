@@ -137,3 +137,17 @@ def test_a_step_goes_to_the_nearest_size(monkeypatch: pytest.MonkeyPatch) -> Non
     batch = make_batch(((1, 500),) * 60, torch.zeros(60, 32, dtype=torch.int32), 1)
     attention.begin_step([], [], torch.zeros(60, dtype=torch.int64), {Phase.DECODE: (slice(0, 60), batch)})
     assert planned == ["slow"]
+
+
+def test_who_compiles_for_seconds_is_set_up_after_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    orders: list[list[str]] = []
+
+    def noted(phase: Phase, candidates: list[type[AttentionBackend[Any]]], *arguments: Any) -> Measured:
+        orders.append([candidate.name for candidate in candidates])
+        return measure.measure(phase, candidates, *arguments)
+
+    monkeypatch.setattr(choosing, "measure", noted)
+    build(attention_measure="force")
+    monkeypatch.setattr(choosing, "_LAST", ("slow",))
+    build(attention_measure="force")
+    assert [order.index("slow") < order.index("fast") for order in orders] == [True, True, False, False]

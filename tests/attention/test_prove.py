@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -214,3 +215,14 @@ def test_a_profiler_that_sees_nothing_is_an_error_of_its_own() -> None:
 def test_self_test_tells_what_a_library_raises() -> None:
     with pytest.raises(BackendError, match="ValueError: no such tile"):
         self_test([bound(Raising, Phase.DECODE)])
+
+
+def test_a_kernel_that_waits_on_the_device_for_the_one_before_it_is_not_billed_for_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As dependent launches do: each is there before the one before it has ended."""
+    spans = {"first": (0.0, 10.0), "second": (1.0, 13.0), "third": (11.0, 14.0), "fourth": (20.0, 25.0)}
+    events = [SimpleNamespace(name=name, time_range=SimpleNamespace(start=a, end=b)) for name, (a, b) in spans.items()]
+    monkeypatch.setattr(prove, "_cuda_events", lambda _: events)
+    found = {use.name: use.microseconds for use in profile_kernels(lambda: None, "cuda")}
+    assert found == {"first": 10.0, "fourth": 5.0, "second": 3.0, "third": 1.0}

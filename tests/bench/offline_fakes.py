@@ -48,7 +48,15 @@ def fake(folder: Path, name: str, run: str = "pass", load: str = "pass") -> Entr
 
 def benchmark(entrants: list[Entrant], repeats: int = 3, **options: object) -> offline.OfflineBenchmark:
     """Two prompts of 5 tokens, 3 tokens from each; the default model is named but never loaded."""
-    settings = OfflineOptions(num_prompts=2, input_len="5", output_len="3", **options)  # type: ignore[arg-type]
+    return _made(entrants, repeats, OfflineOptions(num_prompts=2, input_len="5", output_len="3", **options))  # type: ignore[arg-type]
+
+
+def presets(entrants: list[Entrant], names: str, repeats: int, **options: object) -> offline.OfflineBenchmark:
+    """Workloads by name; the default model is named but never loaded."""
+    return _made(entrants, repeats, OfflineOptions(preset=names, **options))  # type: ignore[arg-type]
+
+
+def _made(entrants: list[Entrant], repeats: int, settings: OfflineOptions) -> offline.OfflineBenchmark:
     made = offline.OfflineBenchmark(EngineConfig(), [], settings, repeats, provenance("a test"))
     made._entrants = entrants
     return made

@@ -194,8 +194,9 @@ def test_the_ratio_is_paired_by_repeat_with_its_spread(tmp_path: Path) -> None:
     assert reasons(rows) == ["bad failed: ValueError: x"]
     write_results(tmp_path / "results.json", rows, made.labels)
     written = json.loads((tmp_path / "results.json").read_text())
-    assert [entry["status"] for entry in written["subjects"]] == ["ok", "ok", "failed"]
-    assert written["subjects"][1]["wall_seconds"] == {"warmup": 9.0, "passes": [1.0, 0.5]}
+    (of_case,) = written["cases"]
+    assert [entry["status"] for entry in of_case["subjects"]] == ["ok", "ok", "failed"]
+    assert of_case["subjects"][1]["wall_seconds"] == {"warmup": 9.0, "passes": [1.0, 0.5]}
     assert written["provenance"]["versions"]["torch"]
 
 
@@ -225,7 +226,8 @@ def test_real_backends_and_transformers_from_one_command(measured: tuple[list[Re
     assert "pip install vllm" in absent["vllm"] and "flashinfer" in absent["flashinfer:fa2"]
     assert len(rows) == 3 * 9 + 2
     assert "torch_sdpa" in said and "vllm unavailable" in said
-    assert json.loads((folder / "offline_results.json").read_text())["case"]["input_len"] == "8..12"
+    (of_case,) = json.loads((folder / "offline_results.json").read_text())["cases"]
+    assert of_case["case"]["input_len"] == "8..12"
 
 
 def test_a_backend_against_itself_is_no_difference(measured: tuple[list[Record], str, Path]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tessera import cli
 from tessera.bench.offline.options import OfflineOptions
-from tessera.bench.offline.workloads import PRESETS, workload_of
+from tessera.bench.offline.workloads import PRESETS, works_of
 from tessera.errors import ConfigError
 
 
@@ -30,10 +30,15 @@ def test_presets_of_fixed_lengths_are_as_long_as_they_say(name: str, shape: tupl
 
 
 def test_own_lengths_are_drawn_within_their_range() -> None:
-    workload = workload_of(OfflineOptions(num_prompts=200, input_len="3..5", output_len="7"))
-    prompts, output_lens = workload.draw()
-    assert {len(prompt) for prompt in prompts} == {3, 4, 5} and set(output_lens) == {7}
-    assert workload.max_len == 12
+    (work,) = works_of(OfflineOptions(num_prompts=200, input_len="3..5", output_len="7"))
+    assert {len(prompt) for prompt in work.prompts} == {3, 4, 5} and set(work.output_lens) == {7}
+    assert work.workload.max_len == 12 and set(work.lengths) == {10, 11, 12}
+
+
+def test_several_presets_are_drawn_as_each_alone_in_the_order_given() -> None:
+    works = works_of(OfflineOptions(preset="single, rose"))
+    assert [work.workload.name for work in works] == ["single", "rose"]
+    assert [(work.prompts, work.output_lens) for work in works] == [PRESETS[name].draw() for name in ("single", "rose")]
 
 
 def test_a_model_with_too_small_a_vocabulary_or_context_is_refused() -> None:
@@ -55,7 +60,9 @@ def test_a_model_with_too_small_a_vocabulary_or_context_is_refused() -> None:
         ("--num-prompts 3 --input-len x --output-len 4", "neither a length nor a range"),
         ("--num-prompts 3 --input-len 9..4 --output-len 4", "does not go up"),
         ("--num-prompts 0 --input-len 9 --output-len 4", "num_prompts must be"),
-        ("--preset huge", "invalid choice"),
+        ("--preset huge", "'huge' is none that is known"),
+        ("--preset rose,", "'' is none that is known"),
+        ("--preset rose,mini,rose", "'rose' is named twice"),
         ("--preset rose --max-model-len 200", "needs 320 tokens a sequence"),
         ("--max-model-len 4", "use --max-model-len 80"),
         ("--out /proc/none/x.jsonl", "--out /proc/none/x.jsonl cannot be written: "),

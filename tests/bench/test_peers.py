@@ -14,11 +14,14 @@ import pytest
 import torch
 
 from tessera.bench.offline import worker as worker_of_ours
+from tessera.bench.offline.benchmark import OfflineBenchmark
 from tessera.bench.offline.entrants import _peer_options, _peer_settings
 from tessera.bench.offline.export import folder_of
+from tessera.bench.offline.options import OfflineOptions
 from tessera.bench.offline.peers import serve
 from tessera.bench.offline.target import target_of
 from tessera.bench.offline.worker_process import WorkerError, WorkerProcess
+from tessera.bench.provenance import provenance
 from tessera.config import EngineConfig, ModelConfig
 from tessera.model.gguf_file import GGUFFile
 from tessera.model.source import find_model
@@ -41,8 +44,21 @@ class LLM:
     def __init__(self, model, dtype, load_format, max_model_len, enable_prefix_caching, seed, skip_tokenizer_init,
                  **more):
         assert (dtype, load_format, skip_tokenizer_init, enable_prefix_caching) == ("bfloat16", "dummy", True, False)
+        if more == {"max_num_seqs": 0}:
+            import sys
+            sys.stderr.write("(EngineCore pid=7) ERROR 11-21 22:06:15 [core.py:1231] AssertionError: of a log\\n"
+                             "(EngineCore pid=7) Traceback (most recent call last):\\n"
+                             "(EngineCore pid=7) torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB.\\n"
+                             "Traceback (most recent call last):\\nlast line\\n")
+            raise RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
         assert more == {"gpu_memory_utilization": 0.5}, more
         print("vllm prints to stdout")
+        from types import SimpleNamespace as Made
+        scheduler = Made(max_num_seqs=1024, max_num_batched_tokens=16384, async_scheduling=True)
+        compilation = Made(mode=Made(name="VLLM_COMPILE"), cudagraph_mode=Made(name="FULL_AND_PIECEWISE"))
+        cache = Made(num_gpu_blocks=None, block_size=16)
+        self.llm_engine = Made(vllm_config=Made(scheduler_config=scheduler, cache_config=cache,
+                                                compilation_config=compilation))
 
     def generate(self, prompts, sampling_params, use_tqdm):
         from types import SimpleNamespace as Made
@@ -146,10 +162,30 @@ def test_vllm_is_called_as_its_api_wants(tmp_path: Path) -> None:
     (tmp_path / "vllm.py").write_text(VLLM)
     settings = {"model": "x", "dtype": "bfloat16", "load_format": "dummy", "options": {"gpu_memory_utilization": 0.5}}
     worker, facts = started("vllm", settings, tmp_path)
-    assert facts["versions"]["vllm"] == "0.24.0" and facts["settings"]["gpu_memory_utilization"] == 0.5
+    shown = facts["settings"]
+    assert facts["versions"]["vllm"] == "0.24.0" and shown["gpu_memory_utilization"] == 0.5 and "model" not in shown
+    assert (shown["max_num_seqs"], shown["async_scheduling"], shown["block_size"]) == (1024, True, 16)
+    assert shown["cudagraph_mode"] == "FULL_AND_PIECEWISE" and "num_gpu_blocks" not in shown
     found = worker.ask("run", prompts=PROMPTS, output_lens=OUTPUT_LENS, temperature=0.6)
     assert [len(output) for output in found["output_ids"]] == OUTPUT_LENS and found["prompt_tokens"] == 10
     worker.close()
+
+
+def test_peers_are_told_that_a_shape_has_no_weights(tmp_path: Path) -> None:
+    config = EngineConfig(model=ModelConfig(model="dummy:135m"))
+    made = OfflineBenchmark(config, [], OfflineOptions(preset="rose"), 1, provenance("a test"))
+    settings = _peer_settings("vllm", {}, made.target, made.config, tmp_path)
+    assert (settings["load_format"], settings["max_model_len"]) == ("dummy", 256 + 64)
+    assert (Path(settings["model"]) / "config.json").exists()
+
+
+def test_a_start_of_vllm_that_fails_names_what_its_engine_process_wrote(tmp_path: Path) -> None:
+    """vLLM's own exception only says "see root cause above"."""
+    (tmp_path / "vllm.py").write_text(VLLM)
+    settings = {"model": "x", "dtype": "bfloat16", "load_format": "dummy", "options": {"max_num_seqs": 0}}
+    with pytest.raises(WorkerError, match=r"above.*; the root cause: torch.OutOfMemoryError: CUDA out of") as refused:
+        started("vllm", settings, tmp_path)
+    assert refused.value.no_memory
 
 
 def test_llamacpp_fills_batches_and_computes_every_token_once(tmp_path: Path) -> None:

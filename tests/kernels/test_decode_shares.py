@@ -21,13 +21,14 @@ from tessera.attention.backends.triton_options import Options, device_resources
 from tessera.attention.contract import Phase, Shape
 from tessera.attention.workloads import Case, Workload, make_batch, make_case
 from tessera.kernels.decode_shares import find_share, lengths_block, share_by_length
-from tessera.kernels.paged_decode import constants, paged_decode_kernel
+from tessera.kernels.paged_decode import Queries, constants, paged_decode_kernel
 from tessera.kernels.scores import Scores
 from triton_interpreter import (
     DEVICE,
     check_in_interpreter,
     compile_for_hopper,
     every_dtype,
+    loads_before_waiting,
     merges_what_others_wrote,
     needs_compiler,
     needs_kernels,
@@ -200,10 +201,10 @@ def test_it_compiles_for_hopper_into_asynchronous_copies_and_products(max_q_len:
     shape = replace(make_shape(torch.bfloat16), num_q_heads=32, num_kv_heads=8, head_dim=128)
     options = decode_options(shape, 64, max_q_len).arguments()
     scores = Scores(shape.scale, 100 if max_q_len > 1 else None, None)
-    compiled = constants(torch.empty(64, 32, 128, dtype=torch.bfloat16), 8, None, scores, max_q_len, options)
+    compiled = constants(Queries(torch.bfloat16, 32, 8, 128, 128), False, scores, max_q_len, options)
     num_warps = compiled.pop("num_warps")
     compiled |= {"K_HEAD_STRIDE": 128, "V_HEAD_STRIDE": 128, "PAGE_SIZE": 16, "CAUSAL": True}
-    compiled["SEQS"] = 64 if balanced else 0
+    compiled |= {"SEQS": 64 if balanced else 0, "PDL": True}
     kinds = dict.fromkeys(("q", "k", "v", "out"), "*bf16") | dict.fromkeys(("sinks", "part_out", "part_lse"), "*fp32")
     kinds |= dict.fromkeys(("page_table", "cu_q_lens", "kv_lens", "arrivals"), "*i32")
     kinds |= dict.fromkeys(("scale_log2", "cap_log2"), "fp32")
@@ -211,3 +212,4 @@ def test_it_compiles_for_hopper_into_asynchronous_copies_and_products(max_q_len:
     assert "cp.async" in ptx
     assert "mma" in ptx
     assert merges_what_others_wrote(ptx)
+    assert loads_before_waiting(ptx) == 0

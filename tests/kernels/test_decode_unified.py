@@ -17,7 +17,7 @@ from tessera.attention.calibrate import SAFE_LOG2, Calibration
 from tessera.attention.contract import Phase, Shape
 from tessera.attention.registry import load_checked
 from tessera.attention.workloads import DECODES, Case, Workload, make_case
-from tessera.kernels.paged_decode import constants
+from tessera.kernels.paged_decode import Queries, constants
 from tessera.kernels.scores import Scores
 from tessera.kernels.unified_decode import unified_decode_kernel
 from triton_interpreter import (
@@ -25,6 +25,7 @@ from triton_interpreter import (
     check_in_interpreter,
     compile_for_hopper,
     every_dtype,
+    loads_before_waiting,
     merges_what_others_wrote,
     needs_compiler,
     needs_kernels,
@@ -152,11 +153,11 @@ def test_it_shares_out_as_flash_decoding_so_that_only_the_softmax_differs() -> N
 @needs_compiler
 def test_it_compiles_for_hopper_into_asynchronous_copies_and_products() -> None:
     options = {"BLOCK_N": 64, "NUM_STAGES": 5, "num_warps": 2}
-    q = torch.empty(8, 32, 128, dtype=torch.bfloat16)
-    compiled = constants(q, 8, None, Scores(0.1, None, None), 1, options)
+    compiled = constants(Queries(torch.bfloat16, 32, 8, 128, 128), False, Scores(0.1, None, None), 1, options)
     num_warps = compiled.pop("num_warps")
     del compiled["QUERIES"]
     compiled |= {"K_HEAD_STRIDE": 128, "V_HEAD_STRIDE": 128, "PAGE_SIZE": 16, "LOWEST": -64.0, "HIGHEST": 64.0}
+    compiled["PDL"] = True
     kinds = dict.fromkeys(("q", "k", "v", "out"), "*bf16") | dict.fromkeys(
         ("page_table", "kv_lens", "arrivals"), "*i32"
     )
@@ -166,6 +167,7 @@ def test_it_compiles_for_hopper_into_asynchronous_copies_and_products() -> None:
     assert "cp.async" in ptx
     assert "mma" in ptx
     assert merges_what_others_wrote(ptx)
+    assert loads_before_waiting(ptx) == 0
 
 
 def test_the_rungs_have_their_names_and_are_left_to_be_named() -> None:

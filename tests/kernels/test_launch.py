@@ -3,6 +3,10 @@
 # mypy: disable-error-code="import-untyped, untyped-decorator"
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -26,7 +30,7 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     """out = values * factor + shift, or twice that; what is compiled differs for each kind of argument."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     loaded = tl.load(values + column, mask=column < size, other=0.0).to(tl.float32)
-    result = loaded * factor + (shift % 1000).to(tl.float32)
+    result = loaded * factor + shift % 1000  # not .to(): a shift of 1 is compiled in, a number of Python's
     tl.store(out + column, (result * 2 if TWICE else result).to(out.dtype.element_ty), mask=column < size)
 
 
@@ -60,6 +64,78 @@ def test_in_the_interpreter() -> None:
 @needs_kernels
 def test_every_kind_of_argument_gets_a_kernel_made_for_it() -> None:
     sweep()
+
+
+class FakeKernel:
+    """Stands for a kernel of two arguments and one constant; notes who bound it and what the driver was given."""
+
+    arg_names = ("values", "size", "BLOCK")
+
+    def __init__(self) -> None:
+        self.bound: list[dict[str, Any]] = []
+        self.given: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        def bind(*_: object, **constants: Any) -> object:
+            self.bound.append(constants)
+            number = len(self.bound)
+            return SimpleNamespace(
+                function=f"function {number}", packed_metadata=f"metadata {number}", run=lambda *a: self.given.append(a)
+            )
+
+        return bind
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> tuple[Launcher, FakeKernel]:
+    """A launcher of a fake kernel, on a driver whose current stream is that of the device's number plus 100."""
+    launch, kernel = Launcher(combine_kernel), FakeKernel()
+    launch._kernel, launch._interpreted = kernel, False
+    active = SimpleNamespace(get_current_stream=lambda device: device + 100)
+    monkeypatch.setattr("triton.runtime.driver", SimpleNamespace(active=active))
+    return launch, kernel
+
+
+def test_the_driver_is_given_what_triton_would_give_it_and_numbers_for_addresses(
+    fake: tuple[Launcher, FakeKernel],
+) -> None:
+    launch, kernel = fake
+    values = torch.zeros(64)
+    for _ in range(2):
+        launch((3, 2), values, 48, BLOCK=32, num_warps=4)
+    assert kernel.bound == [{"BLOCK": 32, "num_warps": 4}]
+    launched = (3, 2, 1, 99, "function 1", "metadata 1", None, None, None, values.data_ptr(), 48, 32)
+    assert kernel.given == [launched]  # a CPU is device -1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"values": torch.zeros(65)[1:]},
+        {"values": torch.zeros(64).half()},
+        {"size": 1},
+        {"size": 17},
+        {"size": 2**33},
+        {"size": 0.5},
+        {"BLOCK": 64},
+    ],
+    ids=str,
+)
+def test_what_is_compiled_anew_is_bound_anew(other: dict[str, Any], fake: tuple[Launcher, FakeKernel]) -> None:
+    launch, kernel = fake
+    for changed in ({}, other, {}, other):
+        given = {"values": torch.zeros(64), "size": 48, "BLOCK": 32} | changed
+        launch((1,), given["values"], given["size"], BLOCK=given["BLOCK"])
+    assert len(kernel.bound) == 2
+    assert [each[4] for each in kernel.given] == ["function 1", "function 2"]
+
+
+def test_whoever_keeps_a_launch_has_the_one_that_its_launcher_finds(fake: tuple[Launcher, FakeKernel]) -> None:
+    launch, kernel = fake
+    kept = launch.fixed(BLOCK=32)
+    kept((1,), torch.zeros(64), 48)
+    launch((1,), torch.zeros(64), 48, BLOCK=32)
+    assert len(kernel.bound) == len(kernel.given) == 1
 
 
 @needs_cuda

@@ -12,6 +12,7 @@ from triton_interpreter import (
     check_in_interpreter,
     compile_for_hopper,
     every_dtype,
+    loads_before_waiting,
     needs_compiler,
     needs_cuda,
     needs_kernels,
@@ -105,8 +106,10 @@ def test_a_row_has_the_same_bits_in_any_batch() -> None:
 @pytest.mark.parametrize("add", [False, True])
 def test_it_compiles_for_hopper_with_wide_loads(add: bool) -> None:
     kinds = dict.fromkeys(("hidden", "update", "weight", "total", "out"), "*bf16") | {"eps": "fp32"}
-    ptx = compile_for_hopper(rms_norm_kernel, kinds, {"SIZE": 4096, "BLOCK": 4096, "ADD": add}, 8)
+    constants = {"SIZE": 4096, "BLOCK": 4096, "ADD": add, "PDL": True}
+    ptx = compile_for_hopper(rms_norm_kernel, kinds, constants, 8)
     assert "ld.global.v4.b32" in ptx
+    assert loads_before_waiting(ptx) == 2  # of the weight, 32 bytes a thread
 
 
 @needs_cuda

@@ -19,6 +19,7 @@ from triton_interpreter import (
     check_in_interpreter,
     compile_for_hopper,
     every_dtype,
+    loads_before_waiting,
     needs_compiler,
     needs_cuda,
     needs_kernels,
@@ -174,10 +175,11 @@ def test_it_compiles_for_hopper_with_wide_loads(heads: Heads, norm: bool) -> Non
     pointers = ("q", "k", "v", "out", "k_pages", "v_pages", "q_weight", "k_weight", "cosines", "sines")
     strides = ("Q_HEAD_STRIDE", "K_HEAD_STRIDE", "V_HEAD_STRIDE", "K_PAGE_HEAD_STRIDE", "V_PAGE_HEAD_STRIDE")
     constants = dict.fromkeys(strides, heads.dim) | {"Q_HEADS": heads.q, "KV_HEADS": heads.kv, "HEAD_DIM": heads.dim}
-    constants |= {"HEADS": 1024 // heads.dim, "PAD": heads.dim // 2, "NORM": norm, "ROPE": True}
+    constants |= {"HEADS": 1024 // heads.dim, "PAD": heads.dim // 2, "NORM": norm, "ROPE": True, "PDL": True}
     kinds = dict.fromkeys(pointers, "*bf16") | {"slots": "*i64", "eps": "fp32"}
     ptx = compile_for_hopper(rope_pages_kernel, kinds, constants, 2)
     assert "ld.global.v4.b32" in ptx
+    assert loads_before_waiting(ptx) == 0
 
 
 @needs_cuda

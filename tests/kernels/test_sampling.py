@@ -15,6 +15,7 @@ from triton_interpreter import (
     DEVICE,
     check_in_interpreter,
     compile_for_hopper,
+    loads_before_waiting,
     needs_compiler,
     needs_cuda,
     needs_kernels,
@@ -207,8 +208,9 @@ def test_a_row_has_the_same_token_in_any_batch() -> None:
 @needs_compiler
 def test_it_compiles_for_hopper_with_wide_loads() -> None:
     kinds = {"logits": "*fp32", "parameters": "*fp64", "out": "*i64"}
-    ptx = compile_for_hopper(sample_kernel, kinds, {"BLOCK": BLOCK, "BLOCKS": 64}, 16)
+    ptx = compile_for_hopper(sample_kernel, kinds, {"BLOCK": BLOCK, "BLOCKS": 64, "PDL": True}, 16)
     assert "ld.global.v4.b32" in ptx
+    assert loads_before_waiting(ptx) == 0
 
 
 @needs_cuda

@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from triton_interpreter import (
     DEVICE,
-    DTYPES,
+    TWO_DTYPES,
     check_in_interpreter,
     compile_for_hopper,
-    every_dtype,
+    loads_before_waiting,
     needs_compiler,
     needs_cuda,
     needs_kernels,
@@ -24,7 +24,8 @@ from triton_interpreter import (
 )
 
 pytest.importorskip("triton", reason="triton is not installed")
-from tessera.kernels.small_linear import MAX_ROWS, Norm, pdl_on, serves_small, small_linear
+from tessera.kernels.dependent import pdl_on
+from tessera.kernels.small_linear import MAX_ROWS, Norm, serves_small, small_linear
 from tessera.kernels.small_linear_kernels import few_rows_kernel, more_rows_kernel
 from tessera.kernels.small_linear_tiles import few_rows_tiles, more_rows_tiles
 
@@ -86,7 +87,10 @@ def placed(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
             return Norm(value.weight.to(DEVICE, dtype), value.eps)
         return value.to(DEVICE, dtype) if isinstance(value, Tensor) else value
 
-    return {name: place(value) for name, value in given.items()}
+    arguments = {name: place(value) for name, value in given.items()}
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()  # weights may be read before launches that still write are waited for
+    return arguments
 
 
 @outside_interpreter
@@ -95,7 +99,7 @@ def test_in_the_interpreter() -> None:
 
 
 @needs_kernels
-@every_dtype
+@pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
 @every_count
 @every_product
 def test_it_equals_float64_to_one_rounding(dtype: torch.dtype, num_rows: int, parts: dict[str, bool]) -> None:
@@ -111,13 +115,22 @@ def test_it_equals_float64_to_one_rounding(dtype: torch.dtype, num_rows: int, pa
 
 
 @needs_kernels
-@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(1, 8), (3, 256), (4, 1000), (34, 2056), (3, 16392)])
+@pytest.mark.parametrize(
+    ("num_outputs", "num_inputs", "parts"),
+    [
+        (1, 8, {"norm": True, "gated": True}),
+        (3, 256, {"residual": True}),
+        (4, 1000, {"norm": True, "gated": True}),
+        (34, 2056, {"residual": True}),
+        (34, 2056, {"norm": True, "gated": True}),
+        (3, 16392, {"norm": True, "residual": True}),
+    ],
+)
 @pytest.mark.parametrize("num_rows", [1, 4, 7])
-def test_any_size_is_multiplied_whole(num_outputs: int, num_inputs: int, num_rows: int) -> None:
-    for parts in ({"norm": True, "gated": True}, {"residual": True}):
-        given = arguments(num_rows, num_outputs, num_inputs, torch.float32, **parts)
-        found = small_linear(**placed(given, torch.float32))
-        torch.testing.assert_close(found.cpu().double(), by_torch(**given), atol=1e-5, rtol=1e-5)
+def test_any_size_is_multiplied_whole(num_outputs: int, num_inputs: int, parts: dict[str, bool], num_rows: int) -> None:
+    given = arguments(num_rows, num_outputs, num_inputs, torch.float32, **parts)
+    found = small_linear(**placed(given, torch.float32))
+    torch.testing.assert_close(found.cpu().double(), by_torch(**given), atol=1e-5, rtol=1e-5)
 
 
 @needs_kernels
@@ -178,10 +191,6 @@ def test_one_to_sixteen_rows_are_served() -> None:
         small_linear(torch.zeros(17, 4), weight)
 
 
-def test_a_cpu_has_no_dependent_launches() -> None:
-    assert not pdl_on(torch.device("cpu"))
-
-
 def test_programs_keep_an_h200_busy_and_add_up_in_one_order() -> None:
     for num_outputs, num_inputs in SHAPES:
         tiles = [few_rows_tiles(rows, num_outputs, num_inputs) for rows in (1, 2, 3, 4)]
@@ -220,16 +229,15 @@ def test_on_hopper_weights_are_under_way_before_it_waits(
     num_outputs: int, num_inputs: int, num_rows: int, parts: dict[str, bool]
 ) -> None:
     ptx = compiled(num_outputs, num_inputs, num_rows, parts, pdl=True)
-    before, waits, after = ptx.partition("griddepcontrol.wait")
-    assert waits and "griddepcontrol.launch_dependents" in before
-    assert not re.search(r"st\.global", before)
+    before, _, after = ptx.partition("griddepcontrol.wait")
+    num_loads = loads_before_waiting(ptx)
     if num_rows > 4:
-        assert "prefetch.global.L2" in before and "ld.global" not in before
+        assert "prefetch.global.L2" in before and num_loads == 0
         assert re.search(r"cp\.async\.c[ag]\.shared\.global[^;]*0x10", after) and "mma" in after
         return
     few = few_rows_tiles(num_rows, num_outputs, num_inputs)
     wide = r"ld\.global\S*\.v4\.b32"
-    assert len(re.findall(wide, before)) == few.held * few.tile == len(re.findall(r"ld\.global", before))
+    assert len(re.findall(wide, before)) == few.held * few.tile == num_loads
     loads_and_sums = after[: [match.end() for match in re.finditer(wide, after)][-1]]
     assert "bar.sync" not in loads_and_sums and "shared" not in loads_and_sums  # threads keep to themselves
     assert ptx.count("bar.sync") <= 8 and ptx.count("st.shared") <= 32  # and all rows meet at once
@@ -269,12 +277,22 @@ def test_a_graph_of_a_chain_replays_on_what_its_input_then_holds(num_rows: int, 
         assert torch.equal(out, chain(False))
 
 
+SIZES = [(1, *shape, torch.bfloat16) for shape in SHAPES]
+SIZES += [(rows, *SHAPES[at], torch.bfloat16) for rows in (4, 16) for at in (0, 2, 5, 9, 10)]
+SIZES += [(rows, 576, 1536, dtype) for rows in (4, 16) for dtype in (torch.float32, torch.float16)]
+SIZES += [(rows, 1024, 3072, torch.float32) for rows in (1, 16)]
+"""Rows, outputs, inputs: each is compiled anew, so every shape once and every table's rows with every kernel."""
+
+
 @needs_cuda
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("num_outputs", "num_inputs"), SHAPES)
-@pytest.mark.parametrize("num_rows", [1, 4, 16])
-def test_models_sizes_on_the_gpu(num_outputs: int, num_inputs: int, num_rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("num_rows", "num_outputs", "num_inputs", "dtype"), SIZES)
+def test_models_sizes_on_the_gpu(num_rows: int, num_outputs: int, num_inputs: int, dtype: torch.dtype) -> None:
     x, weight = (torch.randn(rows, num_inputs, device=DEVICE).to(dtype) for rows in (num_rows, num_outputs))
     expected = x.double() @ weight.double().t()
-    tolerance = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
-    torch.testing.assert_close(small_linear(x, weight).double(), expected, atol=tolerance * 8, rtol=tolerance)
+    torch.cuda.synchronize()  # weights may be read before launches that still write are waited for
+    # Sums of k products of size 1 grow as sqrt(k), and each is rounded by 0.29 places on average: K such roundings come
+    # to 0.29 / sqrt(2) * K places of 1, of which this is six times.
+    added_up = 1.2 * torch.finfo(torch.float32).eps * num_inputs
+    eps = torch.finfo(dtype).eps
+    atol, rtol = (added_up, 1e-5) if dtype == torch.float32 else (8 * eps, 0.505 * eps)
+    torch.testing.assert_close(small_linear(x, weight).double(), expected, atol=atol, rtol=rtol)

@@ -11,6 +11,7 @@ from triton_interpreter import (
     check_in_interpreter,
     compile_for_hopper,
     every_dtype,
+    loads_before_waiting,
     needs_compiler,
     needs_cuda,
     needs_kernels,
@@ -54,8 +55,10 @@ def test_rows_may_lie_apart() -> None:
 
 @needs_compiler
 def test_it_compiles_for_hopper_with_wide_loads() -> None:
-    ptx = compile_for_hopper(swiglu_kernel, {"gate_up": "*bf16", "out": "*bf16"}, {"BLOCK": BLOCK}, BLOCK // 256)
+    kinds = {"gate_up": "*bf16", "out": "*bf16"}
+    ptx = compile_for_hopper(swiglu_kernel, kinds, {"BLOCK": BLOCK, "PDL": True}, BLOCK // 256)
     assert "ld.global.v4.b32" in ptx
+    assert loads_before_waiting(ptx) == 0
 
 
 @needs_cuda

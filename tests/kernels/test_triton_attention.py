@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from tessera.attention.backends.triton import KERNELS, Triton
 from tessera.attention.backends.triton_choice import shipped
 from tessera.attention.backends.triton_options import LEAST_SHARED_MEMORY, Options
 from tessera.attention.backends.triton_tables import FALLBACK, KNOWN
-from tessera.attention.contract import Phase, Shape
+from tessera.attention.checks import Subject
+from tessera.attention.checks_cuda import graph_replay, replay_problems
+from tessera.attention.contract import AttentionBackend, Phase, Shape
 from tessera.attention.workloads import TOLERANCE, WORKLOADS, Case, Workload, make_batch, make_case
 from triton_interpreter import (
     DEVICE,
@@ -170,6 +173,39 @@ def test_a_sequence_has_the_same_bits_in_any_batch(phase: Phase) -> None:
     batch = make_batch(((q_len, kv_len),), case.batch.page_table[:1].cpu(), case.batch.num_pages, DEVICE)
     alone = replace(case, q=case.q[:q_len], k=k, v=v, batch=batch).answer(Triton)
     assert torch.equal(alone, both[:q_len])
+
+
+class CallAgain:
+    """What a CUDA graph does, where there is none: the same call on the same tensors, into the same answer."""
+
+    def __init__(self, bound: AttentionBackend[Any], plan: Any, static: Case) -> None:
+        self.bound, self.plan, self.static = bound, plan, static
+        self.out = self.call()
+
+    def call(self) -> Tensor:
+        static = self.static
+        return self.bound.run(self.plan, static.q, static.k, static.v, static.sinks)
+
+    def replay(self) -> None:
+        self.out.copy_(self.call())
+
+
+@needs_kernels
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+def test_a_recorded_prefill_answers_for_other_lengths(head_dim: int, window: int | None) -> None:
+    """Of fewer tiles than there is room for; on a Hopper GPU in bfloat16 by the kernel made for it too."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    subject = Subject(Triton, Phase.PREFILL, make_shape(dtype=dtype, head_dim=head_dim))
+    if DEVICE == "cuda":
+        assert graph_replay(subject, window) == []
+        return
+
+    def capture(*given: Any) -> tuple[CallAgain, Tensor]:
+        made = CallAgain(*given)
+        return made, made.out
+
+    assert replay_problems(subject, window, capture) == []
 
 
 @needs_kernels

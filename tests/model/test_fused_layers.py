@@ -15,6 +15,7 @@ from tessera.attention.step import Attention, StepAttention
 from tessera.attention.workloads import make_batch
 from tessera.kernels import fused
 from tessera.model.language_model import LanguageModel
+from tessera.model.layers import linear
 from tessera.model.layers.mlp import GatedMLP
 from tessera.model.layers.norm import RMSNorm
 from tessera.model.layers.parameter import Placement
@@ -22,8 +23,8 @@ from tessera.model.llama import Llama
 from tessera.model.spec import ModelSpec, Rope
 from triton_interpreter import (
     DEVICE,
-    DTYPES,
     MISSING,
+    TWO_DTYPES,
     check_in_interpreter,
     needs_cuda,
     needs_kernels,
@@ -31,9 +32,14 @@ from triton_interpreter import (
 )
 
 DECODE = ((1, 7), (1, 33))
-PREFILLS: dict[str, tuple[tuple[int, int], ...]] = {"2": (), "3": ((1, 9),), "10": ((5, 5), (3, 19))}
+PREFILLS: dict[str, tuple[tuple[int, int], ...]] = {
+    "2": (),
+    "3": ((1, 9),),
+    "10": ((5, 5), (3, 19)),
+    "20": ((15, 15), (3, 19)),
+}
 """Prompts behind the decodes, (new tokens, tokens held), by the tokens of the whole step, to which one of padding is
-added: 5 and more are not small."""
+added: 17 and more are not small."""
 TABLE = torch.tensor([[3, 0, 0], [5, 1, 0], [7, 0, 0], [2, 4, 6]], dtype=torch.int32)
 FUSABLE = ("llama", "layers.mlp", "layers.attention", "layers.norm")
 """Modules that ask `fused_on`."""
@@ -126,6 +132,20 @@ def count_small(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
+def count_norms(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows that are normed in launches of their own from now on."""
+    rows: list[int] = []
+
+    from tessera.kernels.norm import rms_norm
+
+    def counted(hidden: Tensor, *rest: Any) -> Tensor:
+        rows.append(hidden.shape[0])
+        return rms_norm(hidden, *rest)
+
+    monkeypatch.setattr("tessera.kernels.norm.rms_norm", counted)
+    return rows
+
+
 def flags(model: nn.Module) -> set[bool]:
     return {bool(module.fused) for module in model.modules() if hasattr(module, "fused")}
 
@@ -141,9 +161,10 @@ def test_in_the_interpreter() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("qk_norm", "bias", "tokens"), [(False, False, "2"), (True, True, "3"), (False, False, "10"), (True, True, "10")]
+    ("qk_norm", "bias", "tokens"),
+    [(False, False, "2"), (True, True, "3"), (False, False, "10"), (True, True, "10"), (False, True, "20")],
 )
 def test_a_fused_model_answers_and_stores_as_a_plain_one(
     dtype: torch.dtype, qk_norm: bool, bias: bool, tokens: str
@@ -166,7 +187,30 @@ def test_a_small_step_takes_four_products_a_layer_and_a_larger_one_none(
     shapes = count_small(monkeypatch)
     answers_of(make_spec(), torch.float32, fused=True, tokens=tokens)
     small = [(160, 48), (48, 96), (80, 48), (48, 40)]
-    assert shapes == ([] if tokens == "10" else small * 2)
+    assert shapes == ([] if tokens == "20" else small * 2)
+
+
+@needs_kernels
+def test_beside_a_large_weight_only_the_smallest_steps_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "SMALL_WEIGHT_BYTES", 80 * 48 * 4 - 1)  # one of the four is larger
+    shapes = count_small(monkeypatch)
+    answers_of(make_spec(), torch.float32, fused=True, tokens="2")
+    assert shapes == []
+    monkeypatch.setattr(linear, "ANY_WEIGHT_TOKENS", 3)
+    answers_of(make_spec(), torch.float32, fused=True, tokens="2")
+    assert len(shapes) == 2 * 4
+
+
+@needs_kernels
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_step_of_more_tokens_takes_them_with_norms_of_their_own(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, expected_pages = answers_of(make_spec(bias=bias), torch.float32, fused=False, tokens="10")
+    shapes, norms = count_small(monkeypatch), count_norms(monkeypatch)
+    found, pages = answers_of(make_spec(bias=bias), torch.float32, fused=True, tokens="10")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pages, expected_pages, atol=1e-5, rtol=1e-5)
+    assert len(shapes) == 2 * 4
+    assert norms == [11] * (2 * 2 + 1)  # two a layer and the model's, of tokens and padding
 
 
 @needs_kernels

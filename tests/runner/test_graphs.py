@@ -23,7 +23,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 0.0},
-    {"temperature": 0.9, "top_p": 0.9, "seed": 7},
+    # Of few tokens: made up weights find all alike, and draws would fall on borders that rounding moves.
+    {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "seed": 7},
     {"temperature": 0.0, "logprobs": 2},
     {"temperature": 0.0, "repetition_penalty": 1.3},
     {"temperature": 0.7, "top_k": 20, "seed": 1, "min_tokens": 3},

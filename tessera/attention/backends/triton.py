@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tessera.attention.backends.prefill_tiles import list_tiles, most_tiles, write_tiles
 from tessera.attention.backends.triton_backend import TritonBackend, claim_of
 from tessera.attention.backends.triton_choice import Choice, choose
 from tessera.attention.backends.triton_decode import LIMITS as DECODE_LIMITS
@@ -48,11 +49,14 @@ _PREFILL = Limits(
     soft_caps=True,
     sinks=True,
     bidirectional=True,
+    graphs=True,
     batch_invariant=("cuda", "cpu"),
 )
 
 
-_VISION = replace(_PREFILL, batch_invariant=("cpu",))  # on a Hopper GPU the size of a batch decides which kernel serves
+_VISION = replace(
+    _PREFILL, graphs=False, batch_invariant=("cpu",)
+)  # on a Hopper GPU the size of a batch decides which kernel serves
 
 
 def uses_hopper_kernel(phase: Phase, shape: Shape) -> bool:
@@ -74,7 +78,7 @@ class TritonPlan:
 
     batch: Batch
     tiles: Tensor
-    """[n, 2] int32: (sequence, tile of its rows), longest first."""
+    """[n, 2] int32: (sequence, tile of its rows), longest first; see `prefill_tiles`."""
     max_programs: int = 0
     """Of the Hopper kernel; 0: another serves."""
 
@@ -118,14 +122,38 @@ class Triton(TritonBackend[TritonPlan | DecodePlan]):
         """List the tiles, or in DECODE choose the splits, from the number of sequences and `max_kv_len` alone."""
         if self._decode is not None:
             return self._decode.plan(batch)
-        if not (self._hopper and self._is_worth_hopper(batch)):
-            return TritonPlan(batch, self._list_tiles(batch, self._choice.few.block_m))
-        from tessera.kernels.hopper_prefill import hopper_options
-
-        tiles = self._list_tiles(batch, hopper_options(self.shape.head_dim).rows)
+        hopper = self._hopper and self._is_worth_hopper(batch)
+        tiles = list_tiles(batch, self._tile_rows(hopper), self.shape.group, causal=self.shape.causal)
+        there = torch.from_numpy(tiles).to(batch.cu_q_lens.device, non_blocking=True)
+        if not hopper:
+            return TritonPlan(batch, there)
         long = self.shape.causal and sum(batch.kv_lens_cpu) >= LONG_TILE * len(batch.kv_lens_cpu)
         programs = max(1, len(tiles) * self.shape.num_kv_heads) if long else self._sms
-        return TritonPlan(batch, tiles, max_programs=programs)
+        return TritonPlan(batch, there, max_programs=programs)
+
+    def plan_capture(self, batch: Batch) -> TritonPlan | DecodePlan:
+        """As `plan`, with room for the tiles of any batch of as many sequences and no more tokens."""
+        if self._decode is not None:
+            return self._decode.plan(batch)
+        most = most_tiles(sum(batch.q_lens_cpu), len(batch.q_lens_cpu), self._tile_rows(self._hopper), self.shape.group)
+        tiles = torch.empty(most, 2, dtype=torch.int32, device=batch.cu_q_lens.device)
+        plan = TritonPlan(batch, tiles, max_programs=self._sms if self._hopper else 0)
+        self.update_capture(plan, batch)
+        return plan
+
+    def update_capture(self, plan: TritonPlan | DecodePlan, batch: Batch) -> None:
+        """List the tiles anew, in place."""
+        if isinstance(plan, TritonPlan):
+            rows = self._tile_rows(plan.max_programs > 0)
+            write_tiles(plan.tiles, list_tiles(batch, rows, self.shape.group, causal=self.shape.causal))
+
+    def _tile_rows(self, hopper: bool) -> int:
+        """Rows of a tile, by which kernel serves."""
+        if not hopper:
+            return self._choice.few.block_m
+        from tessera.kernels.hopper_prefill import hopper_options
+
+        return hopper_options(self.shape.head_dim).rows
 
     def _is_worth_hopper(self, batch: Batch) -> bool:
         if self.phase is Phase.PREFILL:
@@ -153,16 +181,3 @@ class Triton(TritonBackend[TritonPlan | DecodePlan]):
             return packed_attention(q, k, v, sinks, batch.cu_q_lens, plan.tiles, scores, options)
         where = (batch.cu_q_lens, batch.kv_lens, batch.page_table, plan.tiles)
         return paged_prefill(q, k, v, sinks, *where, shape.causal, scores, options)
-
-    def _list_tiles(self, batch: Batch, block: int) -> Tensor:
-        """Every tile of `block` rows, those that see the most keys first: nobody waits for a late long one."""
-        q_lens, group = torch.tensor(batch.q_lens_cpu), self.shape.group
-        counts = (q_lens * group + block - 1) // block
-        seqs = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        tiles = torch.arange(len(seqs)) - (counts.cumsum(0) - counts)[seqs]
-        num_keys = torch.tensor(batch.kv_lens_cpu)[seqs]
-        if self.shape.causal:
-            num_keys += torch.minimum((tiles + 1) * block // group - q_lens[seqs], torch.tensor(0))
-        order = num_keys.argsort(descending=True, stable=True)
-        both = torch.stack((seqs, tiles), 1)[order].int()
-        return both.to(batch.cu_q_lens.device, non_blocking=True)

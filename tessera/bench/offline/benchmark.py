@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,21 @@ from tessera.bench.offline.options import OfflineOptions
 from tessera.bench.offline.racer import Racer, close_all
 from tessera.bench.offline.target import Target, target_of
 from tessera.bench.offline.worker_process import WorkerError, WorkerProcess
-from tessera.bench.offline.workloads import Workload, workload_of
+from tessera.bench.offline.workloads import Work, works_of
 from tessera.bench.provenance import Provenance
 from tessera.bench.record import CacheState, Conditions, Kind, Record, Status, Subject, Value
 from tessera.bench.statistics import percentile
 from tessera.bench.subjects import Wanted
-from tessera.config import EngineConfig
+from tessera.config import EngineConfig, LoadFormat
 from tessera.errors import TesseraError
 from tessera.log import logger
 
 
 class OfflineBenchmark:
-    """Runs one workload on every subject, `repeats` times, in the order A B C, C B A, ...
+    """Runs each workload on every subject, `repeats` times, in the order A B C, C B A, ...
 
-    What is compared was measured side by side: a repeat that `done` has for some subjects only is measured for all.
+    A subject is started once for all workloads. What is compared was measured side by side: a repeat that `done` has
+    for some subjects only is measured for all.
     Raises ConfigError where the workload does not fit the model, or for an impossible option.
     """
 
@@ -42,24 +44,30 @@ class OfflineBenchmark:
         repeats: int,
         provenance: Provenance,
     ) -> None:
-        self.workload: Workload = workload_of(options)
+        self._works: list[Work] = works_of(options)
         self.target: Target = target_of(config)
         self.config = self._fitted(config)
         self._options, self._repeats, self._provenance = options, repeats, provenance
-        self._prompts, self._output_lens = self.workload.draw()
         self._order = "one at a time" if options.one_at_a_time else "in turns"
         self._entrants = [ours(each, self.config) for each in wanted] + peers(options, self.target, self.config)
-        self.case: dict[str, Value] = {
-            **self.workload.case,
-            "temperature": options.temperature,
+
+    @property
+    def cases(self) -> list[dict[str, Value]]:
+        """One a workload."""
+        return [self._case(work) for work in self._works]
+
+    def _case(self, work: Work) -> dict[str, Value]:
+        return {
+            **work.workload.case,
+            "temperature": self._options.temperature,
             "model": self.target.name,
             "dtype": self.target.dtype,
         }
 
     @property
     def num_records(self) -> int:
-        """One for each that cannot take part, one a repeat for the others."""
-        return sum(1 if entrant.reasons else self._repeats for entrant in self._entrants)
+        """Of each workload: one for each that cannot take part, one a repeat for the others."""
+        return len(self._works) * sum(1 if entrant.reasons else self._repeats for entrant in self._entrants)
 
     @property
     def labels(self) -> list[str]:
@@ -68,28 +76,39 @@ class OfflineBenchmark:
 
     def records(self, done: Container[Done] = ()) -> Iterator[Record]:
         """Rows in the order in which they were measured; see Benchmark."""
-        for entrant in self._entrants:
-            if entrant.reasons and not self._is_done(entrant, 0, done):
-                yield self._row(entrant.subject, "unavailable", 0, reason="; ".join(entrant.reasons))
+        for entrant, work in product(self._entrants, self._works):
+            if entrant.reasons and not self._is_done(entrant, work, 0, done):
+                yield self._row(entrant.subject, work, "unavailable", 0, reason="; ".join(entrant.reasons))
         able = [entrant for entrant in self._entrants if not entrant.reasons]
-        repeats = [n for n in range(self._repeats) if not all(self._is_done(entrant, n, done) for entrant in able)]
-        if not repeats:
+        turns = [
+            (work, repeat)
+            for work, repeat in product(self._works, range(self._repeats))
+            if not all(self._is_done(entrant, work, repeat, done) for entrant in able)
+        ]
+        if not turns:
             return
         with tempfile.TemporaryDirectory(prefix="tessera-bench-") as scratch:
             racers = None if self._options.one_at_a_time else self._start_all(able, Path(scratch))
             self._order = "one at a time" if racers is None else "in turns"
             if racers is not None:
-                yield from self._race(racers, repeats)
+                yield from self._race(racers, turns)
                 return
             for entrant in able:
-                yield from self._race([self._start(entrant, Path(scratch))], repeats)
+                yield from self._race([self._start(entrant, Path(scratch))], turns)
 
     def _fitted(self, config: EngineConfig) -> EngineConfig:
-        """The engine with room for the work and no more, so that several engines fit a device."""
+        """The engine with room for the largest work and no more, so that several engines fit a device.
+
+        Peers know a model by its folder alone: where that has no weights, they are told so.
+        """
         spec, limit = self.target.spec, config.model.max_model_len
-        self.workload.check_fits(self.target.name, spec.vocab_size, spec.max_position, limit)
-        model = replace(config.model, max_model_len=config.model.max_model_len or self.workload.max_len)
-        most = min(config.scheduler.max_num_seqs, self.workload.num_prompts)
+        workloads = [work.workload for work in self._works]
+        for workload in workloads:
+            workload.check_fits(self.target.name, spec.vocab_size, spec.max_position, limit)
+        longest = max(workload.max_len for workload in workloads)
+        load_format: LoadFormat = "dummy" if self.target.source.random else config.model.load_format
+        model = replace(config.model, max_model_len=limit or longest, load_format=load_format)
+        most = min(config.scheduler.max_num_seqs, max(workload.num_prompts for workload in workloads))
         return replace(config, model=model, scheduler=replace(config.scheduler, max_num_seqs=most))
 
     def _start_all(self, entrants: Sequence[Entrant], scratch: Path) -> list[Racer] | None:
@@ -140,8 +159,9 @@ class OfflineBenchmark:
             racer.process = WorkerProcess(entrant.command, self._options.pass_timeout)
             racer.facts = racer.process.ask("load", settings=settings)
             racer.subject = entrant.started(entrant.subject, racer.facts)
-            for _ in range(self._options.warmup):
-                racer.warmup_seconds += float(self._pass(racer.process)["seconds"])
+            for work in self._works:
+                passes = [self._pass(racer.process, work) for _ in range(self._options.warmup)]
+                racer.warmup_seconds[work.workload.name] = sum(float(found["seconds"]) for found in passes)
             logger.info("%s is loaded and warm after %.1f s", label, time.monotonic() - began)
         except (WorkerError, TesseraError) as error:
             racer.fail(error)
@@ -160,50 +180,51 @@ class OfflineBenchmark:
         info = (racer.facts or {}).get("info")
         if info is None or racer.failure or self.config.cache.num_pages is not None:
             return False
-        lengths = [len(prompt) + length for prompt, length in zip(self._prompts, self._output_lens)]
-        longest = sorted(lengths, reverse=True)[: self.config.scheduler.max_num_seqs]
-        return bool(info["num_pages"] < sum(-(-length // info["page_size"]) for length in longest))
+        for work in self._works:
+            longest = sorted(work.lengths, reverse=True)[: self.config.scheduler.max_num_seqs]
+            if info["num_pages"] < sum(-(-length // info["page_size"]) for length in longest):
+                return True
+        return False
 
-    def _race(self, racers: list[Racer], repeats: Sequence[int]) -> Iterator[Record]:
+    def _race(self, racers: list[Racer], turns: Sequence[tuple[Work, int]]) -> Iterator[Record]:
         """These repeats of every racer, the order turned round each time."""
         try:
-            for repeat in repeats:
+            for work, repeat in turns:
                 for racer in racers if repeat % 2 == 0 else racers[::-1]:
-                    yield self._measure(racer, repeat)
+                    yield self._measure(racer, work, repeat)
         finally:
             close_all(racers)
 
-    def _measure(self, racer: Racer, repeat: int) -> Record:
+    def _measure(self, racer: Racer, work: Work, repeat: int) -> Record:
         if racer.process is not None:
             try:
-                found = self._pass(racer.process)
+                found = self._pass(racer.process, work)
                 memory = racer.process.ask("memory")["memory"]
-                return self._ok(racer, repeat, found, memory)
+                return self._ok(racer, work, repeat, found, memory)
             except (WorkerError, ValueError) as error:
                 racer.fail(error)
-        return self._row(racer.subject, racer.status, repeat, reason=racer.failure)
+        return self._row(racer.subject, work, racer.status, repeat, reason=racer.failure)
 
-    def _pass(self, process: WorkerProcess) -> dict[str, Any]:
+    def _pass(self, process: WorkerProcess, work: Work) -> dict[str, Any]:
         """One pass, with as many tokens as were asked for; WorkerError otherwise."""
-        found = process.ask(
-            "run", prompts=self._prompts, output_lens=self._output_lens, temperature=self._options.temperature
-        )
+        given = {"prompts": work.prompts, "output_lens": work.output_lens}
+        found = process.ask("run", **given, temperature=self._options.temperature)
         output_lens = [len(output) for output in found["output_ids"]]
-        if output_lens != self._output_lens:
-            wanted = f"{len(self._output_lens)} answers with {sum(self._output_lens)} tokens were asked for"
+        if output_lens != work.output_lens:
+            wanted = f"{len(work.output_lens)} answers with {work.num_output} tokens were asked for"
             raise WorkerError(f"{wanted}, {len(output_lens)} with {sum(output_lens)} came back")
-        if (num_prompt := sum(map(len, self._prompts))) != found["prompt_tokens"]:
+        if (num_prompt := sum(map(len, work.prompts))) != found["prompt_tokens"]:
             raise WorkerError(f"{num_prompt} prompt tokens were sent, {found['prompt_tokens']} were computed")
         return found
 
-    def _ok(self, racer: Racer, repeat: int, found: dict[str, Any], memory: dict[str, int]) -> Record:
-        seconds, num_output = float(found["seconds"]), sum(self._output_lens)
+    def _ok(self, racer: Racer, work: Work, repeat: int, found: dict[str, Any], memory: dict[str, int]) -> Record:
+        seconds, num_output = float(found["seconds"]), work.num_output
         metrics = {
             "seconds": seconds,
-            "req_s": len(self._prompts) / seconds,
+            "req_s": len(work.prompts) / seconds,
             "output_tok_s": num_output / seconds,
             "total_tok_s": (num_output + found["prompt_tokens"]) / seconds,
-            "warmup_seconds": racer.warmup_seconds,
+            "warmup_seconds": racer.warmup_seconds[work.workload.name],
         }
         of_device = memory.get("gpu" if self.target.device == "cuda" else "host")
         metrics |= {} if of_device is None else {"peak_memory_bytes": float(of_device)}
@@ -213,14 +234,21 @@ class OfflineBenchmark:
             if key in found:
                 samples[name] = [1000 * value for value in found[key]]
                 metrics |= {f"{name}_p{part}": percentile(samples[name], part) for part in (50, 99)}
-        return self._row(racer.subject, "ok", repeat, metrics=metrics, samples=samples, facts=racer.facts)
+        return self._row(racer.subject, work, "ok", repeat, metrics=metrics, samples=samples, facts=racer.facts)
 
     def _row(
-        self, subject: Subject, status: Status, repeat: int, *, facts: dict[str, Any] | None = None, **more: Any
+        self,
+        subject: Subject,
+        work: Work,
+        status: Status,
+        repeat: int,
+        *,
+        facts: dict[str, Any] | None = None,
+        **more: Any,
     ) -> Record:
         return Record(
             kind=self.kind,
-            case=self.case,
+            case=self._case(work),
             subject=subject,
             status=status,
             conditions=self._conditions(subject, repeat, facts or {}),
@@ -248,6 +276,6 @@ class OfflineBenchmark:
             settings=settings | {"order": self._order} | facts.get("versions", {}),
         )
 
-    def _is_done(self, entrant: Entrant, repeat: int, done: Container[Done]) -> bool:
-        row = self._row(entrant.subject, "failed", repeat, reason="not run")
+    def _is_done(self, entrant: Entrant, work: Work, repeat: int, done: Container[Done]) -> bool:
+        row = self._row(entrant.subject, work, "failed", repeat, reason="not run")
         return Done(row.case_key, entrant.subject.label, repeat) in done

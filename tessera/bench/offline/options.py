@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from tessera.config import Ranges
 
@@ -15,9 +15,10 @@ PEERS = ("vllm", "hf", "llamacpp")
 class OfflineOptions:
     """The work, and who does it besides our backends."""
 
-    preset: Literal["quick", "rose", "mini", "single", "long"] | None = None
-    """quick: 8 x 64 in x 16 out; rose: 128 x 256 x 64; mini: 256 requests, lengths uniform in 100..1024 both ways;
-    single: 1 x 128 x 512; long: 16 x 8192 x 256. Left out: quick, or what the three flags below say."""
+    preset: str | None = None
+    """Comma separated; every subject is started once for all of them. quick: 8 x 64 in x 16 out; rose: 128 x 256 x 64;
+    mini: 256 requests, lengths uniform in 100..1024 both ways; single: 1 x 128 x 512; long: 16 x 8192 x 256. Left out:
+    quick, or what the three flags below say."""
     num_prompts: int | None = None
     """Prompts of a workload of your own, with --input-len and --output-len."""
     input_len: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tessera.bench.offline.entrants import Entrant
@@ -25,7 +25,8 @@ class Racer:
     no_memory: bool = False
     facts: dict[str, Any] | None = None
     """What its worker answered to load."""
-    warmup_seconds: float = 0.0
+    warmup_seconds: dict[str, float] = field(default_factory=dict)
+    """What its passes before the clock took, by workload."""
 
     def fail(self, error: Exception) -> None:
         """It runs no more, because of this."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tessera.bench.record import Record
+from tessera.bench.record import Record, Value
 from tessera.bench.served.rows import newest
 
 HEAD = ("subject", "output tok/s", "total tok/s", "req/s", "s", "latency p50/p99 ms", "peak MiB", "against the first")
@@ -70,20 +70,28 @@ def paired_ratios(done: dict[int, Record], first: dict[int, Record]) -> list[flo
     return [done[n].metrics["output_tok_s"] / first[n].metrics["output_tok_s"] for n in sorted(done) if n in first]
 
 
+def of_case(rows: Sequence[Record], case: Mapping[str, Value]) -> list[Record]:
+    """The rows of one workload."""
+    return [row for row in rows if row.case == case]
+
+
 def write_results(path: Path, rows: Sequence[Record], labels: Sequence[str]) -> None:
-    """All of a run in one JSON file: machine, versions, and for each subject medians, single passes and wall times."""
+    """All of a run in one JSON file: machine, versions, and for each workload and subject medians, passes and times."""
     if not rows:
         return
-    provenance = asdict(rows[0].provenance)
-    subjects = by_subject(rows)
-    first = next(filter(None, (_ok(subjects.get(label, [])) for label in labels)), {})
+    cases = list({row.case_key: row.case for row in rows}.values())
     results = {
-        "provenance": provenance,
-        "case": rows[0].case,
-        "subjects": [_entry(label, subjects[label], first) for label in labels if label in subjects],
+        "provenance": asdict(rows[0].provenance),
+        "cases": [{"case": case, "subjects": _entries(of_case(rows, case), labels)} for case in cases],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _entries(rows: Sequence[Record], labels: Sequence[str]) -> list[dict[str, Any]]:
+    subjects = by_subject(rows)
+    first = next(filter(None, (_ok(subjects.get(label, [])) for label in labels)), {})
+    return [_entry(label, subjects[label], first) for label in labels if label in subjects]
 
 
 def _entry(label: str, rows: Sequence[Record], first: dict[int, Record]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from tessera.bench.served.parent import end_with_parent
 
 STDERR_LINES = 5
 STOP_SECONDS = 15.0
+OF_ITS_PROCESS = re.compile(r"^\(\w+ pid=\d+\) (?:.*\] )?([A-Za-z_][\w.]*(?:Error|Exception)\b.*)$")
+"""The last line of a traceback as vLLM writes that of its engine's process: `(EngineCore pid=7) ValueError: why`."""
 
 
 class WorkerError(Exception):
@@ -73,7 +76,7 @@ class WorkerProcess:
         if "unavailable" in answer:
             raise WorkerError(answer["unavailable"], unavailable=True)
         if "error" in answer:
-            text = str(answer["error"])
+            text = str(answer["error"]) + self._root_cause(str(answer["error"]))
             no_memory = bool(answer.get("no_memory")) or "out of memory" in text.lower()
             raise WorkerError(text, no_memory=no_memory)
         return answer
@@ -124,7 +127,18 @@ class WorkerProcess:
 
     def _tail(self) -> str:
         """The last lines it wrote."""
-        size = self._stderr.seek(0, os.SEEK_END)
-        self._stderr.seek(max(0, size - 10_000))
-        lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()[-STDERR_LINES:]
+        lines = self._written(10_000)[-STDERR_LINES:]
         return f"; it wrote: {' | '.join(line.strip() for line in lines)}" if lines else ""
+
+    def _root_cause(self, text: str) -> str:
+        """What a process of its own wrote of the exception that ended it, where `text` only says that it wrote it."""
+        if "root cause" not in text:
+            return ""
+        told = [found[1] for line in self._written(100_000) if (found := OF_ITS_PROCESS.search(line))]
+        return f"; the root cause: {told[-1]}" if told else self._tail()
+
+    def _written(self, most: int) -> list[str]:
+        """The lines of the last `most` bytes that it wrote."""
+        size = self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, size - most))
+        return self._stderr.read().decode("utf-8", "replace").strip().splitlines()

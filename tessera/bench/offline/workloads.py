@@ -85,6 +85,25 @@ class Workload:
             )
 
 
+@dataclass(frozen=True)
+class Work:
+    """A workload as it was drawn."""
+
+    workload: Workload
+    prompts: list[list[int]]
+    output_lens: list[int]
+
+    @property
+    def num_output(self) -> int:
+        """Tokens to generate in all."""
+        return sum(self.output_lens)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt with its output."""
+        return [len(prompt) + length for prompt, length in zip(self.prompts, self.output_lens)]
+
+
 def _fixed(name: str, num_prompts: int, input_len: int, output_len: int) -> Workload:
     return Workload(name, num_prompts, Lengths(input_len, input_len), Lengths(output_len, output_len))
 
@@ -101,8 +120,11 @@ PRESETS = {
 }
 
 
-def workload_of(options: OfflineOptions) -> Workload:
-    """The preset, or the work that the three flags describe; ConfigError for both, or for a part of the latter."""
+def works_of(options: OfflineOptions) -> list[Work]:
+    """The presets, in their order, or the work that the three flags describe, drawn.
+
+    ConfigError for both, for a part of the latter, and for a preset that is not known or named twice.
+    """
     own = {
         "--num-prompts": options.num_prompts,
         "--input-len": options.input_len,
@@ -110,14 +132,25 @@ def workload_of(options: OfflineOptions) -> Workload:
     }
     given = [flag for flag, value in own.items() if value is not None]
     if not given:
-        return PRESETS[options.preset or "quick"]
+        workloads = _presets(options.preset or "quick")
+        return [Work(workload, *workload.draw()) for workload in workloads]
     if options.preset is not None:
         raise ConfigError(f"--preset {options.preset} and {given[0]} exclude each other", "leave one of them out")
     if options.num_prompts is None or options.input_len is None or options.output_len is None:
         missing = [flag for flag, value in own.items() if value is None]
         raise ConfigError(f"{given[0]} is given without {' and '.join(missing)}", "give all three, or a --preset")
     input_len = _lengths("--input-len", options.input_len)
-    return Workload("own", options.num_prompts, input_len, _lengths("--output-len", options.output_len))
+    workload = Workload("own", options.num_prompts, input_len, _lengths("--output-len", options.output_len))
+    return [Work(workload, *workload.draw())]
+
+
+def _presets(text: str) -> list[Workload]:
+    names = [word.strip() for word in text.split(",")]
+    for name in names:
+        if name not in PRESETS or names.count(name) > 1:
+            what = "is named twice" if name in PRESETS else "is none that is known"
+            raise ConfigError(f"--preset {name!r} {what}", f"use --preset {','.join(PRESETS)}, or some of them")
+    return [PRESETS[name] for name in names]
 
 
 def _lengths(flag: str, text: str) -> Lengths:

@@ -30,8 +30,8 @@ _UNREAD = "prompts are token ids: leave it out"
 REFUSED = DECIDED | {"tokenizer": _UNREAD, "chat_template": _UNREAD}
 DEFAULTS = {
     "enable_prefix_caching": "False, for every pass has the same prompts",
-    "max_model_len": "what the workload takes",
-    "max_num_seqs": f"{SchedulerConfig.max_num_seqs}, or the workload's prompts where they are fewer",
+    "max_model_len": "what the longest workload takes",
+    "max_num_seqs": f"{SchedulerConfig.max_num_seqs}, or the prompts of the largest workload where they are fewer",
 }
 """What is taken for engine settings that are left out, where it is not what the engine takes."""
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     config = _config(args)
     from tessera.bench.benchmark import run as run_benchmark
     from tessera.bench.offline.benchmark import OfflineBenchmark
-    from tessera.bench.offline.results import reasons, table, write_results
+    from tessera.bench.offline.results import of_case, reasons, table, write_results
     from tessera.bench.provenance import provenance
     from tessera.bench.subjects import wanted_backends
     from tessera.commands.backends import model_shapes
@@ -62,9 +62,10 @@ def run(args: argparse.Namespace) -> int:
     wanted = wanted_backends(common.backends, model_shapes(config)[1])
     benchmark = OfflineBenchmark(config, wanted, options, common.repeats, provenance())
     rows = run_benchmark(benchmark, path, resume=common.resume)
-    case = ", ".join(f"{name} {value}" for name, value in benchmark.case.items())
-    sys.stdout.write(f"{case}\n\n{render(table(rows, benchmark.labels), indent='')}\n")
-    sys.stdout.write("".join(f"\n{line}" for line in reasons(rows)) + "\n")
+    for case in benchmark.cases:
+        about = ", ".join(f"{name} {value}" for name, value in case.items())
+        sys.stdout.write(f"{about}\n\n{render(table(of_case(rows, case), benchmark.labels), indent='')}\n\n")
+    sys.stdout.write("".join(f"{line}\n" for line in reasons(rows)))
     write_results(results, rows, benchmark.labels)
     sys.stdout.write(f"\nrows: {path}; summary: {results}\n")
     return 0 if any(row.status == "ok" for row in rows) else 1

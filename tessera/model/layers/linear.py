@@ -6,13 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tessera.kernels.small_linear_tiles import FEW_ROWS
+from tessera.kernels.small_linear_tiles import FEW_ROWS, MAX_ROWS
 from tessera.model.layers.norm import RMSNorm
 from tessera.model.layers.parameter import Placement
 
-SMALL_TOKENS = FEW_ROWS
-"""Most tokens whose products take the kernel for few rows. It has a way for up to 16, on tensor cores, which with few
-programs may be slower than cuBLAS: neither that nor dependent launches are used before they have been timed."""
+SMALL_TOKENS = MAX_ROWS
+"""Most tokens whose products take `small_linear`."""
+ANY_WEIGHT_TOKENS = 2
+"""Most tokens for which it beats cuBLAS and the launches around it whatever the weight, measured on an H200."""
+SMALL_WEIGHT_BYTES = 2**24
+"""Of a weight up to which it does for all of `SMALL_TOKENS`: those of 4,096 columns and rows lose from 4 rows on."""
 
 
 class Linear(nn.Module):
@@ -45,7 +48,8 @@ class Linear(nn.Module):
     ) -> Tensor:
         """The product of a few rows, with what stands around it, in one launch of a Triton kernel.
 
-        It rounds once, where norm, product, SwiGLU and sum apart round each.
+        It rounds once, where norm, product, SwiGLU and sum apart round each. Beyond FEW_ROWS tokens the norm is a
+        launch of its own: there each program would norm all rows again, which takes longer than the launch.
 
         hidden    [tokens, num_inputs], as many as `serves_small` names
         norm      goes before the product
@@ -55,12 +59,15 @@ class Linear(nn.Module):
         """
         from tessera.kernels.small_linear import Norm, small_linear
 
-        before = None if norm is None else Norm(norm.weight, norm.eps)
-        return small_linear(hidden, self.weight, self.bias, norm=before, residual=residual, gated=gated, pdl=False)
+        if norm is not None and hidden.shape[0] > FEW_ROWS:
+            hidden, norm = norm(hidden), None
+        within = None if norm is None else Norm(norm.weight, norm.eps)
+        return small_linear(hidden, self.weight, self.bias, norm=within, residual=residual, gated=gated)
 
     def serves_small(self, num_tokens: int) -> bool:
-        """Whether `small` takes so many tokens: 1 to SMALL_TOKENS, and a weight that is not packed."""
-        return self.packed is None and 1 <= num_tokens <= SMALL_TOKENS
+        """Whether `small` takes so many tokens, and is the faster way; never where the weight is packed."""
+        most = SMALL_TOKENS if self.weight.nbytes <= SMALL_WEIGHT_BYTES else ANY_WEIGHT_TOKENS
+        return self.packed is None and 1 <= num_tokens <= most
 
     def prepare(self) -> None:
         """Pack the weight where that pays; called once, after loading.

@@ -29,7 +29,7 @@ class Worker:
             "skip_tokenizer_init": True,
         } | settings["options"]
         self.llm = vllm.LLM(**given)
-        shown = {name: value for name, value in given.items() if name != "model"}
+        shown = {name: value for name, value in given.items() if name != "model"} | _decided(self.llm)
         versions = {"vllm": vllm.__version__, "torch": import_module("torch").__version__}
         return {"versions": versions, "settings": shown, "note": ""}
 
@@ -56,6 +56,21 @@ class Worker:
         if used is not None and self.gpu_before is not None:
             peak["gpu"] = used - self.gpu_before
         return peak
+
+
+def _decided(llm: Any) -> dict[str, Any]:
+    """What its defaults came to, as far as its version says so."""
+    config = llm.llm_engine.vllm_config
+    found = {
+        "max_num_seqs": getattr(config.scheduler_config, "max_num_seqs", None),
+        "max_num_batched_tokens": getattr(config.scheduler_config, "max_num_batched_tokens", None),
+        "async_scheduling": getattr(config.scheduler_config, "async_scheduling", None),
+        "num_gpu_blocks": getattr(config.cache_config, "num_gpu_blocks", None),
+        "block_size": getattr(config.cache_config, "block_size", None),
+        "compilation": getattr(getattr(config.compilation_config, "mode", None), "name", None),
+        "cudagraph_mode": getattr(getattr(config.compilation_config, "cudagraph_mode", None), "name", None),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _gpu_used_bytes() -> int | None:
