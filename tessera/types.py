@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from tessera.sampling_params import SamplingParams as SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -36,9 +38,8 @@ class TokenLogprobs:
     top: list[tuple[int, float]]
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What one step added to one sequence of one request."""
+class Output(msgspec.Struct, frozen=True, gc=False):
+    """What one step added to one sequence of one request; one a token, so it must be made in no time."""
 
     request_id: str
     index: int
@@ -78,15 +79,31 @@ class Sequence:
     """Hash chain over the full pages of `token_ids` that are known so far (see scheduler.prefix)."""
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     num_preemptions: int = 0
-    num_pending: int = 0
-    """Tokens sampled in steps that have begun and whose results are not in: they follow `token_ids`, unknown."""
     finished: bool = False
     """Whether nothing more is wanted of it; what a step that has begun still finds is dropped."""
+    most_tokens: int = 0
+    """Tokens that it may have, the prompt's included; the scheduler says."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Tokens that end it, once it has `min_tokens`; the scheduler says."""
+    asks_more: bool = field(init=False)
+    """Whether its outputs are anything but one token each."""
+
+    def __post_init__(self) -> None:
+        asked = self.params.logprobs, self.params.prompt_logprobs
+        self.asks_more = asked != (None, None) or self.params.max_tokens == 0
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens sampled in steps that have begun and whose results are not in: they follow `token_ids`, unknown.
+
+        A step that computes the last token samples the next one. One that has been preempted since is not counted.
+        """
+        return max(0, self.num_computed_tokens + 1 - len(self.token_ids))
 
     @property
     def num_tokens(self) -> int:
         """Tokens known and pending."""
-        return len(self.token_ids) + self.num_pending
+        return max(len(self.token_ids), self.num_computed_tokens + 1)
 
     @property
     def num_output_tokens(self) -> int:
@@ -106,37 +123,6 @@ class Sequence:
         """
         asked = self.params.prompt_logprobs is not None and self.index == 0
         return asked and len(self.prompt_logprobs) < self.num_prompt_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One forward pass: how many tokens of which sequence, decodes (one token) first.
-
-    Made of the sequences as they stand, and true from then on however they change: tokens `[starts, starts + n)` of
-    each are computed; where that reaches the last known or pending token, the sequence's next token is sampled.
-    """
-
-    num_tokens: dict[Sequence, int]
-    starts: dict[Sequence, int] = field(init=False)
-    """Tokens that each sequence had in the cache already."""
-    sampling: list[Sequence] = field(init=False)
-    """Those whose next token is sampled, in the order of `num_tokens`."""
-
-    def __post_init__(self) -> None:
-        starts = {sequence: sequence.num_computed_tokens for sequence in self.num_tokens}
-        sampling = [s for s, count in self.num_tokens.items() if starts[s] + count == s.num_tokens]
-        object.__setattr__(self, "starts", starts)
-        object.__setattr__(self, "sampling", sampling)
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a step found: the sampled tokens, and logprobs where a sequence asked for them."""
-
-    token_ids: dict[Sequence, int]
-    logprobs: dict[Sequence, TokenLogprobs] = field(default_factory=dict)
-    prompt_logprobs: dict[Sequence, list[TokenLogprobs]] = field(default_factory=dict)
-    """Of the prompt tokens that follow those computed in this step."""
 
 
 @dataclass(frozen=True, slots=True)

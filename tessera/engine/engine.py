@@ -6,7 +6,8 @@ from typing import Protocol
 
 from tessera.engine.check import check_request
 from tessera.scheduler.scheduler import Scheduler
-from tessera.types import EngineInfo, EngineStatus, Output, Request, Sequence, Step, StepResult
+from tessera.step import Step, StepResult
+from tessera.types import EngineInfo, EngineStatus, Output, Request, Sequence
 
 
 class RunningStep(Protocol):
@@ -77,7 +78,7 @@ class Engine:
         """Compute one step and return what it added, with `overlap` what the one before added; [] for no work."""
         outputs = self._take_in() if self._scheduler.needs_results else []
         step = self._scheduler.schedule()
-        if not step.num_tokens:
+        if not step.sequences:
             return outputs + self._take_in()
         self._num_steps += 1
         running = self._executor.begin(step)

@@ -13,7 +13,8 @@ from tessera.attention.step import Attention
 from tessera.model.language_model import LanguageModel
 from tessera.runner.prove import StepLimits
 from tessera.runner.runner import Runner
-from tessera.types import SamplingParams, Sequence, Step
+from tessera.step import Step
+from tessera.types import SamplingParams, Sequence
 
 NUM_SEQUENCES = 4
 NUM_TOKENS = 64
@@ -72,8 +73,8 @@ def _speak(runner: Runner, limits: StepLimits, vocab_size: int) -> list[Sequence
     first = torch.randint(vocab_size, (number,), generator=torch.Generator().manual_seed(0)).tolist()
     sequences = [_sequence(index, [token], pages_each) for index, token in enumerate(first)]
     for _ in range(length - 1):
-        said = runner.run(Step(dict.fromkeys(sequences, 1))).token_ids
-        for sequence, token in said.items():
+        said = runner.run(Step.of(dict.fromkeys(sequences, 1))).token_ids
+        for sequence, token in zip(sequences, said):
             sequence.num_computed_tokens += 1
             sequence.token_ids.append(token)
     return sequences
@@ -82,7 +83,7 @@ def _speak(runner: Runner, limits: StepLimits, vocab_size: int) -> list[Sequence
 def _as_prompts(spoken: Items[Sequence], page_size: int) -> Step:
     """The same tokens, none of them computed."""
     fresh = [_sequence(each.index, each.token_ids, -(-len(each.token_ids) // page_size)) for each in spoken]
-    return Step({each: len(each.token_ids) for each in fresh})
+    return Step.of({each: len(each.token_ids) for each in fresh})
 
 
 def _sequence(index: int, token_ids: list[int], num_pages: int) -> Sequence:

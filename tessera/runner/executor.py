@@ -34,7 +34,8 @@ from tessera.runner.mixed_inputs import MixedLimits
 from tessera.runner.prove import StepLimits, prove_steps
 from tessera.runner.runner import Runner, RunningStep
 from tessera.runner.sampler import Sampler
-from tessera.types import AttentionChoice, SamplingParams, Sequence, Step
+from tessera.step import Step
+from tessera.types import AttentionChoice, SamplingParams, Sequence
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ class Executor:
             Sequence("profile", i, [0] * length, length, params, i, list(range(i * pages_each, (i + 1) * pages_each)))
             for i in range(num_seqs)
         ]
-        runner.run(Step(dict.fromkeys(sequences, length)))
+        runner.run(Step.of(dict.fromkeys(sequences, length)))
         torch.cuda.synchronize(self._device)
 
 

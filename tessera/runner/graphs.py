@@ -22,9 +22,10 @@ from tessera.attention.step import Attention, Bucket, StepAttention
 from tessera.log import logger
 from tessera.model.language_model import LanguageModel
 from tessera.runner.inputs import HostInputs, LastSampled
-from tessera.runner.sampler import Sampled, Sampler, is_plain, parameters
+from tessera.runner.parameters import SamplingRows
+from tessera.runner.sampler import Sampled, Sampler
 from tessera.runner.transfer import to_device
-from tessera.types import Sequence, Step
+from tessera.step import Step
 
 PADDING_SLOT = -1
 LENGTHS = (512, 2048, 8192, 32768)
@@ -68,7 +69,7 @@ class StaticInputs:
         self.parameters = torch.zeros(rows, 5, dtype=torch.float64, device=device)
         self.sampled = torch.zeros(rows, dtype=torch.int64, device=device)
         """Token ids of the step before."""
-        self._all_greedy = True
+        self._sampling = SamplingRows.of([])
         self.clear()
 
     def batch(self, rows: int, kv_lens_cpu: list[int], max_kv_len: int) -> Batch:
@@ -98,20 +99,23 @@ class StaticInputs:
         numbers[1, count:], numbers[3, count:] = -1, PADDING_SLOT
         for row, values in enumerate((host.token_ids, host.sources, host.positions, host.slots, host.kv_lens)):
             numbers[row, :count] = values
-        width = min(host.table.shape[1], self.page_table.shape[1])
+        width = -(-int(host.kv_lens.max()) // self._limits.page_size)  # no entry behind is read
         there, table = to_device([numbers, host.table[:, :width]], self._device)
         self._numbers[:, :rows].copy_(there)
         self.page_table[:count, :width].copy_(table)
 
-    def write_parameters(self, sequences: Items[Sequence]) -> None:
-        """How each row is sampled; where all are greedy, as in the step before, nothing has to be written."""
-        all_greedy = all(sequence.params.greedy for sequence in sequences)
-        if not all_greedy:
-            (table,) = to_device([parameters(sequences)], self._device)
-            self.parameters[: len(sequences)].copy_(table)
-        elif not self._all_greedy:
+    def write_parameters(self, step: Step) -> bool:
+        """How each row is sampled; where all are greedy, as in the step before, nothing has to be written.
+
+        Whether all rows are plain: see `SamplingRows.all_plain`.
+        """
+        before, self._sampling = self._sampling, self._sampling.following(step.sampling)
+        if not self._sampling.all_greedy:
+            (table,) = to_device([self._sampling.parameters(step.kv_lens)], self._device)
+            self.parameters[: len(table)].copy_(table)
+        elif not before.all_greedy:
             self.parameters.zero_()  # all rows, for a later step of more may be greedy too and write nothing
-        self._all_greedy = all_greedy
+        return self._sampling.all_plain(step.kv_lens)
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ class DecodeGraphs:
         """Whether a step is of decodes alone, which all sample, attended to by backends that a graph may record."""
         if not bool((host.q_lens == 1).all() and host.samples.all()):
             return False
-        if len(host.q_lens) > self._limits.max_num_seqs or any(s.wants_prompt_logprobs for s in step.num_tokens):
+        if len(host.q_lens) > self._limits.max_num_seqs or step.owed_logprobs:
             return False
         return not self._attention.graphs_refused(Phase.DECODE, self._serving(host))
 
@@ -171,10 +175,10 @@ class DecodeGraphs:
         if last is not None and last.token_ids.data_ptr() != static.sampled.data_ptr():
             static.sampled[: len(last.token_ids)].copy_(last.token_ids)
         static.write(host, rows)
-        static.write_parameters(step.sampling)
+        plain = static.write_parameters(step)
         graph.attend.update(static.batch(rows, kv_lens + [0] * (rows - count), max(kv_lens)))
         graph.graph.replay()
-        if all(is_plain(sequence) for sequence in step.sampling):
+        if plain:
             return Sampled(static.sampled[:count], step.sampling)
         logits = self._model.logits(graph.hidden[:count])  # a second time, for those who ask more than the token
         sampled = self._sampler.sample(logits, step.sampling)

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from tessera.attention.contract import Batch, Phase
 from tessera.runner.page_table import PageTable
+from tessera.runner.rows import rows_among
 from tessera.runner.transfer import Array, to_device
-from tessera.types import Sequence, Step
+from tessera.step import Step
+from tessera.types import Sequence
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,9 @@ class HostInputs:
 class LastSampled(NamedTuple):
     """What the step before sampled, on the device."""
 
-    rows: dict[Sequence, int]
+    sequences: list[Sequence]
     token_ids: Tensor
-    """[rows or more] int64"""
+    """[sequences or more] int64"""
 
 
 class InputBuilder:
@@ -98,32 +100,29 @@ class InputBuilder:
         for number, (phase, part) in enumerate(parts.items()):
             batch = self._batch(host, part, *rest[3 * number : 3 * number + 3])
             batches[phase] = slice(int(cu_q_lens[part.start]), int(cu_q_lens[part.stop])), batch
-        first_rows = {s: int(row) for s, row in zip(step.num_tokens, cu_q_lens) if s.wants_prompt_logprobs}
+        first_rows = {s: int(row) for s, row in zip(step.sequences, cu_q_lens) if s in step.owed_logprobs}
         return StepInputs(token_ids, positions, slots, batches, first_rows, step.sampling, sampling_rows)
 
     def build_on_host(self, step: Step, last: LastSampled | None = None) -> HostInputs:
         """A step as arrays, before any of it goes to the device; they last until the next step's."""
-        sequences = list(step.num_tokens)
-        q_lens = np.fromiter(step.num_tokens.values(), np.int64, len(sequences))
-        starts = np.fromiter(step.starts.values(), np.int64, len(sequences))
-        table = self._page_table.of(sequences)
-        if (q_lens == 1).all():
-            rows, positions = np.arange(len(sequences)), starts
+        q_lens, starts, num_tokens = step.q_lens, step.kv_lens - step.q_lens, int(step.q_lens.sum())
+        table = self._page_table.of(step.sequences, -(-step.kv_lens // self._page_size))
+        if num_tokens == len(q_lens):
+            rows, positions = np.arange(num_tokens), starts
         else:
-            rows = np.repeat(np.arange(len(sequences)), q_lens)
-            positions = np.arange(len(rows)) - np.repeat(np.cumsum(q_lens) - q_lens - starts, q_lens)
+            rows = np.repeat(np.arange(len(q_lens)), q_lens)
+            positions = np.arange(num_tokens) - np.repeat(np.cumsum(q_lens) - q_lens - starts, q_lens)
         pages = table[rows, positions // self._page_size].astype(np.int64)
-        token_ids, sources = _token_ids(step, q_lens, starts, last)
-        ends = np.fromiter((s.num_tokens for s in sequences), np.int64, len(sequences))
+        token_ids, sources = _token_ids(step, last)
         return HostInputs(
             q_lens=q_lens,
-            kv_lens=starts + q_lens,
+            kv_lens=step.kv_lens,
             token_ids=token_ids,
             sources=sources,
             positions=positions,
             slots=pages * self._page_size + positions % self._page_size,
             table=table,
-            samples=starts + q_lens == ends,
+            samples=step.samples,
         )
 
     def _batch(self, host: HostInputs, part: slice, cu_q_lens: Tensor, kv_lens: Tensor, table: Tensor) -> Batch:
@@ -147,25 +146,28 @@ def _parts(q_lens: NDArray[np.int64]) -> dict[Phase, slice]:
     return {phase: part for phase, part in parts.items() if part.stop > part.start}
 
 
-def _token_ids(
-    step: Step, q_lens: NDArray[np.int64], starts: NDArray[np.int64], last: LastSampled | None
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _token_ids(step: Step, last: LastSampled | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """[tokens] the token ids, 0 where one is pending; [tokens] where those stand in `last`, -1 for all others."""
-    token_ids: list[int] = []
-    pending: list[tuple[int, int]] = []
-    for sequence, start, count in zip(step.num_tokens, starts.tolist(), q_lens.tolist()):
-        known = sequence.token_ids
-        if start + count <= len(known):
-            token_ids += known[start : start + count] if count > 1 else (known[start],)
-            continue
-        assert last is not None and sequence.num_pending == 1, "a token is pending that no step before has sampled"
-        token_ids += [*known[start:], 0]
-        pending.append((len(token_ids) - 1, last.rows[sequence]))
-    sources = np.full(len(token_ids), -1, np.int64)
-    if pending:
-        targets, rows = np.array(pending, np.int64).T
-        sources[targets] = rows
-    return np.array(token_ids, np.int64), sources
+    if step.pending.all():  # as wherever steps of decodes overlap: the only new token of each
+        return np.zeros(len(step.pending), np.int64), _sources(step.sequences, last)
+    known: list[int] = []
+    for row in np.nonzero(~step.pending | (step.q_lens > 1))[0].tolist():
+        end = step.kv_lens[row]
+        known += step.sequences[row].token_ids[end - step.q_lens[row] : end]
+    token_ids, sources = np.zeros((2, int(step.q_lens.sum())), np.int64)
+    targets = np.cumsum(step.q_lens)[step.pending] - 1
+    sources[:] = -1
+    sources[targets] = _sources([step.sequences[row] for row in np.nonzero(step.pending)[0].tolist()], last)
+    token_ids[sources < 0] = known
+    return token_ids, sources
+
+
+def _sources(sequences: list[Sequence], last: LastSampled | None) -> NDArray[np.int64]:
+    """[sequences] where each one's pending token stands in `last`."""
+    before = last.sequences if last is not None else []
+    rows = np.arange(len(sequences)) if sequences is before else rows_among(sequences, before)
+    assert (rows >= 0).all(), "a token is pending that the step before has not sampled"
+    return rows
 
 
 def _pending(host: HostInputs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -21,9 +21,10 @@ from tessera.model.language_model import LanguageModel
 from tessera.runner.graphs import PADDING_SLOT
 from tessera.runner.inputs import HostInputs, LastSampled
 from tessera.runner.mixed_inputs import MixedInputs, MixedLimits, MixedSize, padded, spans
-from tessera.runner.sampler import Sampled, Sampler, is_plain
+from tessera.runner.parameters import is_plain
+from tessera.runner.sampler import Sampled, Sampler
 from tessera.runner.transfer import HostCopy
-from tessera.types import Step
+from tessera.step import Step
 
 Backends = tuple[AttentionBackend[Any], ...]
 
@@ -67,7 +68,7 @@ class MixedGraphs:
 
     def serves(self, step: Step, host: HostInputs) -> bool:
         """Whether a step has prompts, is small enough, and attended to by backends that a graph may record."""
-        if self._size(host) is None or any(s.wants_prompt_logprobs for s in step.num_tokens):
+        if self._size(host) is None or step.owed_logprobs:
             return False
         decoding, prefilling = self._serving(host)
         refused = self._attention.graphs_refused(Phase.PREFILL, prefilling)

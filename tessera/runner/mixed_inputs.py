@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tessera.runner.graphs import PADDING_SLOT, GraphLimits
 from tessera.runner.inputs import HostInputs
-from tessera.runner.sampler import parameters
-from tessera.types import Step
+from tessera.runner.parameters import parameters
+from tessera.step import Step
 
 DECODES = (0, 16, 64, 256)
 """Numbers of decodes that are recorded, before the most that there can be: what is padding costs little."""
@@ -137,7 +137,7 @@ def layout(size: MixedSize, page_size: int) -> dict[str, tuple[np.dtype[Any], tu
 
     token_ids, sources, positions, slots  a token: as in HostInputs
     sampling_rows                         the token behind which each row is sampled
-    parameters                            of each row: see runner.sampler.parameters
+    parameters                            of each row: see runner.parameters
     decode_lens, prompt_lens              tokens of each sequence in the cache
     cu_q_lens                             prefix sums of the prompts' new tokens
     decode_table, prompt_table            pages

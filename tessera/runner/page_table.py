@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
-
 import numpy as np
 from numpy.typing import NDArray
 
+from tessera.runner.rows import rows_among
 from tessera.types import Sequence
+
+_MORE_PAGES = 8
+"""Room for those that come next, or the longest sequence would have all rows arranged anew with each of its pages."""
 
 
 class PageTable:
@@ -17,32 +19,37 @@ class PageTable:
     """
 
     def __init__(self) -> None:
+        self._sequences: list[Sequence] = []
         self._lists: list[list[int]] = []
-        self._ids: list[int] = []
         self._counts: NDArray[np.int64] = np.zeros(0, np.int64)
         self._table: NDArray[np.int32] = np.zeros((0, 0), np.int32)
 
-    def of(self, sequences: Items[Sequence]) -> NDArray[np.int32]:
-        """[sequences, most pages or more] int32, zero where a sequence has no page; overwritten by the next call."""
-        lists = [sequence.pages for sequence in sequences]
-        counts = np.fromiter(map(len, lists), np.int64, len(lists))
-        if (ids := list(map(id, lists))) != self._ids or counts.max() > self._table.shape[1]:
-            self._arrange(ids, int(counts.max()))
-            self._lists, self._ids = lists, ids  # held, or another list could have the same id
-        for row in np.nonzero(counts != self._counts)[0].tolist():
+    def of(self, sequences: list[Sequence], counts: NDArray[np.int64]) -> NDArray[np.int32]:
+        """[sequences, most pages or more] int32, zero where a sequence has no page; overwritten by the next call.
+
+        counts  [sequences] pages to read of each; where the list of sequences is the very one of the call before,
+                only those are looked at that have more than then
+        """
+        if sequences is not self._sequences:
+            self._arrange([sequence.pages for sequence in sequences], int(counts.max()))
+            self._sequences = sequences
+        elif counts.max() > self._table.shape[1]:
+            self._arrange(self._lists, int(counts.max()))
+        for row in np.nonzero(counts > self._counts)[0].tolist():
             first, last = int(self._counts[row]), int(counts[row])
-            self._table[row, first:last] = lists[row][first:last]
-        self._counts = counts
+            self._table[row, first:last] = self._lists[row][first:last]
+        self._counts = np.maximum(counts, self._counts)
         return self._table
 
-    def _arrange(self, ids: list[int], most_pages: int) -> None:
+    def _arrange(self, lists: list[list[int]], most_pages: int) -> None:
         """Rows in the order of these lists; those that were not in the step before hold no page yet."""
-        rows = {each: row for row, each in enumerate(self._ids)}
-        before = np.fromiter((rows.get(each, -1) for each in ids), np.int64, len(ids))
+        before = rows_among(map(id, lists), map(id, self._lists))  # held, or another could have the same id
         kept = before >= 0
-        width = max(1, most_pages, min(self._table.shape[1], 2 * most_pages))
-        table, counts = np.zeros((len(ids), width), np.int32), np.zeros(len(ids), np.int64)
+        width = min(self._table.shape[1], 2 * most_pages)
+        if width < most_pages:
+            width = most_pages + _MORE_PAGES
+        table, counts = np.zeros((len(lists), width), np.int32), np.zeros(len(lists), np.int64)
         shared = min(width, self._table.shape[1])
         table[kept, :shared] = self._table[before[kept], :shared]
-        counts[kept] = self._counts[before[kept]]
-        self._table, self._counts = table, counts
+        counts[kept] = np.minimum(self._counts[before[kept]], shared)
+        self._table, self._counts, self._lists = table, counts, lists

@@ -9,7 +9,8 @@ from tessera.attention.contract import Phase
 from tessera.attention.prove import proof_alone, prove_in_model
 from tessera.attention.step import Attention, Bucket
 from tessera.runner.runner import Runner
-from tessera.types import AttentionProof, SamplingParams, Sequence, Step
+from tessera.step import Step
+from tessera.types import AttentionProof, SamplingParams, Sequence
 
 _SIZES = {
     "cpu": {Phase.PREFILL: [Bucket(1, 48, 48), Bucket(1, 2, 2)], Phase.DECODE: [Bucket(2, 1, 100), Bucket(1, 1, 1)]},
@@ -82,4 +83,4 @@ def _make_step(size: Bucket, page_size: int) -> Step:
         )
         for i in range(size.num_seqs)
     ]
-    return Step(dict.fromkeys(sequences, size.q_len))
+    return Step.of(dict.fromkeys(sequences, size.q_len))

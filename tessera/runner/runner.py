@@ -15,7 +15,8 @@ from tessera.runner.mixed_graphs import MixedGraphs
 from tessera.runner.mixed_inputs import MixedLimits
 from tessera.runner.sampler import Sampled, Sampler, logprob_entries, measure_logprobs
 from tessera.runner.transfer import HostCopy
-from tessera.types import Sequence, Step, StepResult, TokenLogprobs
+from tessera.step import Step, StepResult
+from tessera.types import Sequence, TokenLogprobs
 
 _PROMPT_LOGPROB_ROWS = 128
 """Rows of logits held at once for prompt logprobs: bounds memory at any prompt length and vocabulary."""
@@ -32,7 +33,7 @@ class RunningStep:
         """What it found; waits for the device."""
         if isinstance(self._sampled, HostCopy):
             self._sampled.wait()  # or a host with long prompts would be any number of steps ahead
-            return StepResult({}, {}, self._prompt_logprobs)
+            return StepResult([], {}, self._prompt_logprobs)
         token_ids, logprobs = self._sampled.result()
         return StepResult(token_ids, logprobs, self._prompt_logprobs)
 
@@ -74,7 +75,7 @@ class Runner:
             if graphs.serves(step, host):
                 sampled = graphs.begin(step, host, self._last)
                 if isinstance(sampled, Sampled):
-                    self._last = LastSampled({s: row for row, s in enumerate(step.sampling)}, sampled.token_ids)
+                    self._last = LastSampled(step.sampling, sampled.token_ids)
                 return RunningStep(sampled, {})
         return self._compute(step, self._inputs.bring_over(step, host, self._last))
 
@@ -92,7 +93,7 @@ class Runner:
         else:
             logits = self._model.logits(hidden[inputs.sampling_rows])
             sampled = self._sampler.sample(logits, inputs.sampling)
-            self._last = LastSampled({s: row for row, s in enumerate(inputs.sampling)}, sampled.token_ids)
+            self._last = LastSampled(inputs.sampling, sampled.token_ids)
         return RunningStep(sampled, prompt_logprobs)
 
     def run(self, step: Step) -> StepResult:

@@ -14,10 +14,10 @@ from collections.abc import Sequence as Items
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tessera.kernels.fused import fused_on
+from tessera.runner.parameters import is_adjusted, parameters, uniform
 from tessera.runner.transfer import HostCopy, to_device
 from tessera.types import Sequence, TokenLogprobs
 
@@ -50,13 +50,13 @@ class Sampler:
         wanting = [(row, s) for row, s in enumerate(sequences) if s.params.logprobs is not None]
         logprobs = logits[[row for row, _ in wanting]].log_softmax(-1) if wanting else None
         for row, sequence in enumerate(sequences):
-            if _is_adjusted(sequence):
+            if is_adjusted(sequence):
                 self._adjust(logits[row], sequence)
         token_ids = self._choose(logits, sequences)
         if logprobs is None:
             return Sampled(token_ids, sequences)
         chosen = token_ids[[row for row, _ in wanting]] if len(wanting) < len(sequences) else token_ids
-        tops = {sequence: sequence.params.logprobs or 0 for _, sequence in wanting}
+        tops = {row: sequence.params.logprobs or 0 for row, sequence in wanting}
         return Sampled(token_ids, sequences, tops, measure_logprobs(logprobs, chosen, max(tops.values())))
 
     def _adjust(self, row: Tensor, sequence: Sequence) -> None:
@@ -94,37 +94,26 @@ class Sampler:
 class Sampled:
     """What was sampled, on the device, and on its way to the host.
 
-    tops  of each sequence that wants logprobs, how many of the most likely tokens
+    tops  of each row that wants logprobs, how many of the most likely tokens
     """
 
     def __init__(
         self,
         token_ids: Tensor,
         sequences: Items[Sequence],
-        tops: dict[Sequence, int] | None = None,
+        tops: dict[int, int] | None = None,
         logprobs: tuple[Tensor, ...] = (),
     ) -> None:
         self.token_ids = token_ids
         self._sequences, self._tops = sequences, tops or {}
         self._copy = HostCopy([token_ids, *logprobs])
 
-    def result(self) -> tuple[dict[Sequence, int], dict[Sequence, TokenLogprobs]]:
+    def result(self) -> tuple[list[int], dict[Sequence, TokenLogprobs]]:
         """The token ids, and logprobs of the sequences that asked for them; waits for the device."""
-        token_ids, *logprobs = self._copy.wait()
-        chosen: dict[Sequence, int] = dict(zip(self._sequences, token_ids.tolist()))
-        entries = logprob_entries([chosen[s] for s in self._tops], logprobs, list(self._tops.values()))
-        return chosen, dict(zip(self._tops, entries))
-
-
-def parameters(sequences: Items[Sequence]) -> NDArray[np.float64]:
-    """[sequences, 5] float64: what `kernels.sampling.sample` is told about each row."""
-    table = np.zeros((len(sequences), 5))
-    for row, sequence in enumerate(sequences):
-        params = sequence.params
-        if not params.greedy:
-            draw = uniform(sequence.seed, sequence.num_output_tokens)
-            table[row] = params.temperature, params.top_k, params.top_p, params.min_p, draw
-    return table
+        tensor, *logprobs = self._copy.wait()
+        token_ids: list[int] = tensor.tolist()
+        entries = logprob_entries([token_ids[row] for row in self._tops], logprobs, list(self._tops.values()))
+        return token_ids, {self._sequences[row]: entry for row, entry in zip(self._tops, entries)}
 
 
 def measure_logprobs(logprobs: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -148,36 +137,6 @@ def logprob_entries(token_ids: Items[int], measured: Items[Tensor], tops: Items[
             token_ids, tops, *(tensor.tolist() for tensor in measured)
         )
     ]
-
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on `seed` and `position` alone: two rounds of SplitMix64's mixer.
-
-    Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014. A multiple of 2^-32.
-    """
-    mixed = _mix64((_mix64(seed) + position * 0x9E3779B97F4A7C15) & _MASK64)
-    return (mixed >> 32) * 2.0**-32
-
-
-_MASK64 = 2**64 - 1
-
-
-def _mix64(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
-
-
-def is_plain(sequence: Sequence) -> bool:
-    """Whether a row's logits are sampled from as they are, and nothing but the token is asked."""
-    return sequence.params.logprobs is None and not _is_adjusted(sequence)
-
-
-def _is_adjusted(sequence: Sequence) -> bool:
-    """Whether a row is anything but the model's own: of most it is not, and even a look at each row takes time."""
-    params = sequence.params
-    return bool(params.has_penalties or params.logit_bias) or sequence.num_output_tokens < params.min_tokens
 
 
 def _penalise(row: Tensor, sequence: Sequence) -> None:
@@ -205,10 +164,10 @@ def _sample_random(logits: Tensor, sequences: Items[Sequence]) -> Tensor:
     truncated = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
     for row in truncated:
         probs[row] *= probs[row] >= _truncation_floor(probs[row], params[row].top_k, params[row].top_p)
-    draws = [uniform(s.seed, s.num_output_tokens) for s in sequences]
+    seeds, positions = np.array([(s.seed, s.num_output_tokens) for s in sequences], np.uint64).T
     # float64, or the tail of a large vocabulary would be lost in rounding.
     cumulative = probs.cumsum(-1, dtype=torch.float64)
-    targets = torch.tensor(draws, device=device, dtype=torch.float64)[:, None] * cumulative[:, -1:]
+    targets = torch.from_numpy(uniform(seeds, positions)).to(device)[:, None] * cumulative[:, -1:]
     # The first entry above the target: a token of probability 0 adds nothing and is never it.
     # Clamped, because NaN logits of a model that overflowed must not end the engine for everybody else.
     return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp_(max=probs.shape[1] - 1)

@@ -33,7 +33,7 @@ def to_device(arrays: Items[Array], device: torch.device) -> list[Tensor]:
     pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)  # not handed out again before the copy is done
     packed = pinned.numpy()
     for start, array in zip(starts, arrays):
-        packed[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        packed[start : start + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
     there = pinned.to(device, non_blocking=True)
     return [
         there[start : start + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)

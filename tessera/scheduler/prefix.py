@@ -7,46 +7,60 @@ collision, which would serve another prompt's keys, is out of reach of accident 
 
 from __future__ import annotations
 
-from array import array
 from hashlib import blake2b
+from struct import Struct
+
+import numpy as np
 
 from tessera.scheduler.pages import PagePool
+from tessera.step import Step
 from tessera.types import Sequence
 
 
-def extend_hashes(sequence: Sequence, num_pages: int, page_size: int) -> None:
-    """Make `sequence.page_hashes` cover its first `num_pages` full pages."""
-    hashes = sequence.page_hashes
-    while len(hashes) < num_pages:
-        start = len(hashes) * page_size
-        tokens = array("q", sequence.token_ids[start : start + page_size])
-        parent = hashes[-1] if hashes else b"tessera"
-        hashes.append(blake2b(parent + tokens.tobytes(), digest_size=16).digest())
+class PrefixCache:
+    """Finds pages of `pool` by the tokens that they hold.
 
-
-def find_prefix(sequence: Sequence, pool: PagePool, page_size: int) -> list[int]:
-    """The longest run of pages in `pool` that hold the beginning of `sequence`, not yet held for it.
-
-    At least the last known token stays to be computed, since its logits are needed.
+    enabled  where not, nothing is found and nothing remembered
     """
-    if sequence.wants_prompt_logprobs:
-        return []
-    num_pages = (len(sequence.token_ids) - 1) // page_size
-    found: list[int] = []
-    for index in range(num_pages):
-        extend_hashes(sequence, index + 1, page_size)
-        page = pool.find(sequence.page_hashes[index])
-        if page is None:
-            break
-        found.append(page)
-    return found
 
+    def __init__(self, pool: PagePool, page_size: int, *, enabled: bool) -> None:
+        self._pool, self._page_size, self._enabled = pool, page_size, enabled
+        self._pack = Struct(f"{page_size}q").pack
 
-def remember_pages(sequence: Sequence, start: int, end: int, pool: PagePool, page_size: int) -> None:
-    """Let the pages that tokens `[start, end)` of `sequence` have filled be found by later sequences."""
-    first, last = start // page_size, end // page_size
-    if first == last:
-        return
-    extend_hashes(sequence, last, page_size)
-    for index in range(first, last):
-        pool.remember(sequence.pages[index], sequence.page_hashes[index])
+    def find(self, sequence: Sequence) -> list[int]:
+        """The longest run of pages that hold the beginning of `sequence`, not yet held for it.
+
+        At least the last known token stays to be computed, since its logits are needed.
+        """
+        if sequence.wants_prompt_logprobs or not self._enabled:
+            return []
+        found: list[int] = []
+        for index in range((len(sequence.token_ids) - 1) // self._page_size):
+            self._extend_hashes(sequence, index + 1)
+            page = self._pool.find(sequence.page_hashes[index])
+            if page is None:
+                break
+            found.append(page)
+        return found
+
+    def remember(self, step: Step) -> None:
+        """Let the pages that a step has filled be found by later sequences; its last tokens are known."""
+        if not self._enabled:
+            return
+        first, last = (step.kv_lens - step.q_lens) // self._page_size, step.kv_lens // self._page_size
+        rows = np.nonzero(first < last)[0]
+        for row, start, end in zip(rows.tolist(), first[rows].tolist(), last[rows].tolist()):
+            sequence = step.sequences[row]
+            if sequence.finished or not sequence.pages:  # one preempted since holds none
+                continue
+            self._extend_hashes(sequence, end)
+            for index in range(start, end):
+                self._pool.remember(sequence.pages[index], sequence.page_hashes[index])
+
+    def _extend_hashes(self, sequence: Sequence, num_pages: int) -> None:
+        """Make `sequence.page_hashes` cover its first `num_pages` full pages."""
+        hashes, page_size = sequence.page_hashes, self._page_size
+        for start in range(len(hashes) * page_size, num_pages * page_size, page_size):
+            tokens = self._pack(*sequence.token_ids[start : start + page_size])
+            parent = hashes[-1] if hashes else b"tessera"
+            hashes.append(blake2b(parent + tokens, digest_size=16).digest())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
+from tessera.scheduler.decodes import Decodes
+from tessera.scheduler.ends import append, set_ends
 from tessera.scheduler.pages import PagePool
-from tessera.scheduler.prefix import find_prefix, remember_pages
-from tessera.types import FinishReason, Output, Sequence, Step, StepResult
+from tessera.scheduler.prefix import PrefixCache
+from tessera.step import Step, StepResult
+from tessera.types import Output, Sequence
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,22 @@ class Scheduler:
     Sequences run in order of arrival. Where pages run out the youngest gives all of its own back and
     is computed again later (preemption by recomputation), so the oldest always goes on; one sequence of
     `max_model_len` must fit into the pool.
+    A running sequence is a prompt until a token of it is sampled, then one of the decodes, of which a step looks only
+    at those that need a page or may end.
     """
 
-    def __init__(self, limits: SchedulerLimits, pool: PagePool, eos_token_ids: Container[int]) -> None:
+    def __init__(self, limits: SchedulerLimits, pool: PagePool, eos_token_ids: Iterable[int]) -> None:
         if pool.num_pages * limits.page_size < limits.max_model_len:
             raise ValueError(f"{pool.num_pages} pages cannot hold one sequence of {limits.max_model_len} tokens")
         self.limits, self.pool, self.counters = limits, pool, SchedulerCounters()
-        self._eos_token_ids = eos_token_ids
+        self._prefixes = PrefixCache(pool, limits.page_size, enabled=limits.prefix_caching)
+        self._eos_token_ids = frozenset(eos_token_ids)
         # A running sequence always gets its decode token, so no more may run than tokens fit a step.
         self._max_running = min(limits.max_num_seqs, limits.max_num_batched_tokens)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._prompts: list[Sequence] = []
+        self._decodes = Decodes()
         self._demanding: set[Sequence] = set()
         """Of all sequences those that may need results: few, while a step looks at them every time."""
 
@@ -69,51 +77,69 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind all others; its prompt has to fit `max_model_len` (the engine checks)."""
+        set_ends(sequence, self.limits.max_model_len, self._eos_token_ids)
         self._waiting.append(sequence)
         if sequence.needs_results:
             self._demanding.add(sequence)
 
     def abort(self, request_id: str, index: int | None = None) -> bool:
         """Forget the request's sequences (or only number `index`) and free their pages; says if there were any."""
-        found = False
-        for queue in (self._running, self._waiting):
-            for sequence in [s for s in queue if s.request_id == request_id and index in (None, s.index)]:
-                queue.remove(sequence)
-                self._finish(sequence)
-                found = True
-        return found
+        sequences = [s for s in self.sequences() if s.request_id == request_id and index in (None, s.index)]
+        self._finish(sequences)
+        return bool(sequences)
 
     def schedule(self) -> Step:
         """The next step: every running decode, then chunks of prompts while the budget lasts.
 
         Reserves the pages the step writes. An empty step means that nothing is left to do.
         """
-        plan: dict[Sequence, int] = {}
-        preempted = self._schedule_running(plan)
-        if not preempted:
-            self._admit(plan)
-        decodes = {s: n for s, n in plan.items() if n == 1}
-        return Step(decodes | plan)
+        preemptions, chunks = self.counters.preemptions, dict[Sequence, int]()
+        self._schedule_decodes(chunks)
+        self._schedule_prompts(chunks)
+        if self.counters.preemptions == preemptions:
+            self._admit(chunks)
+        step = self._decodes.step()
+        if not chunks:
+            return step
+        return step.followed_by(Step.of(dict(sorted(chunks.items(), key=lambda item: item[1] > 1))))
 
     def begin(self, step: Step) -> None:
-        """Take note that the device has been given a step: its tokens count as computed, what it samples as pending."""
-        for sequence, num_tokens in step.num_tokens.items():
+        """Take note that the device has been given a step: its tokens count as computed, what it samples as pending.
+
+        The step is the one scheduled last, and nothing has happened since.
+        """
+        for sequence, num_tokens in zip(step.sequences, step.q_lens.tolist()):
             sequence.num_computed_tokens += num_tokens
-        for sequence in step.sampling:
-            sequence.num_pending += 1
+        self._decodes.move_on()
+        done = set(step.sampling[len(self._decodes.sequences) :])
+        if done:
+            self._decodes.join([sequence for sequence in self._prompts if sequence in done])
+            self._prompts = [sequence for sequence in self._prompts if sequence not in done]
 
     def commit(self, step: Step, result: StepResult) -> list[Output]:
         """Take in what a step that has begun found: new tokens, finished sequences, pages that others may share."""
+        for sequence, logprobs in result.prompt_logprobs.items():
+            if not sequence.finished:
+                sequence.prompt_logprobs += logprobs
+        self._prefixes.remember(step)
         outputs: list[Output] = []
-        for sequence, num_tokens in step.num_tokens.items():
+        ended: list[Sequence] = []
+        for sequence, token_id in zip(step.sampling, result.token_ids):
             if sequence.finished:
                 continue
-            sequence.prompt_logprobs += result.prompt_logprobs.get(sequence, [])
-            if self.limits.prefix_caching and sequence.pages:  # a sequence preempted since holds none
-                start = step.starts[sequence]
-                remember_pages(sequence, start, start + num_tokens, self.pool, self.limits.page_size)
-            if sequence in result.token_ids:
-                outputs.append(self._append(sequence, result))
+            known = sequence.token_ids
+            if sequence.asks_more or token_id in sequence.stop_token_ids or len(known) + 1 >= sequence.most_tokens:
+                output = append(sequence, token_id, result.logprobs.get(sequence))
+                if output.finish_reason is not None:
+                    ended.append(sequence)
+            else:
+                known.append(token_id)
+                output = Output(
+                    sequence.request_id, sequence.index, [token_id], None, None, None, None, sequence.num_cached_tokens
+                )
+            outputs.append(output)
+        self.counters.generated_tokens += len(outputs) - sum(sequence.params.max_tokens == 0 for sequence in ended)
+        self._finish(ended)
         return outputs
 
     @property
@@ -138,51 +164,52 @@ class Scheduler:
         self.pool.check(sequence.pages for sequence in self.sequences())
         assert all(not s.pages and s.num_computed_tokens == 0 for s in self._waiting)
         assert len(self._running) <= self._max_running
+        parts = dict.fromkeys([*self._decodes.sequences, *self._prompts])
+        assert list(parts) == [s for s in self._running if s in parts], "decodes and prompts run, in this order"
+        self._decodes.check()
 
-    def _schedule_running(self, plan: dict[Sequence, int]) -> bool:
-        """Plan the running sequences, decodes before prompt chunks; says whether any had to be preempted."""
-        budget, preempted = self.limits.max_num_batched_tokens, set[Sequence]()
-        remaining = {
-            s: len(s.token_ids) + s.num_pending - s.num_computed_tokens
-            for s in self._running
-            if not (s.num_pending and self._is_full(s))
-        }
-        prompts = [sequence for sequence, count in remaining.items() if count > 1]
-        for sequence in [*(s for s, count in remaining.items() if count == 1), *prompts]:
-            if sequence in preempted:
-                continue  # for an older one
-            num_tokens = min(remaining[sequence], budget)
-            if num_tokens == 0:
-                continue
-            while (victim := self._reserve_or_victim(sequence, num_tokens)) is not None:
-                preempted.add(victim)
-                budget += plan.pop(victim, 0)
-                self._preempt(victim)
-                if victim is sequence:
-                    break
-            else:
-                plan[sequence] = num_tokens
-                budget -= num_tokens
-        return bool(preempted)
+    def _schedule_decodes(self, chunks: dict[Sequence, int]) -> None:
+        """Reserve the pages that decodes begin; leaves out those whose pending token is their last."""
+        self._decodes.remove_full()
+        sequences = self._decodes.at_page_end(self.limits.page_size)
+        if len(sequences) <= self.pool.num_available:
+            for sequence, page in zip(sequences, self.pool.take(len(sequences))):
+                sequence.pages.append(page)
+            return
+        for sequence in sequences:
+            if sequence.pages:  # or it was preempted for an older one
+                self._reserve(sequence, 1, chunks)
 
-    def _is_full(self, sequence: Sequence) -> bool:
-        """Whether the pending token of a sequence is the last that it may have, whatever it turns out to be."""
-        most = sequence.params.max_tokens
-        full = most is not None and sequence.num_output_tokens >= max(most, 1)
-        return full or sequence.num_tokens >= self.limits.max_model_len
+    def _schedule_prompts(self, chunks: dict[Sequence, int]) -> None:
+        """Plan chunks of running prompts, those of one token first."""
+        remaining = {s: len(s.token_ids) - s.num_computed_tokens for s in self._prompts}
+        for sequence in sorted(self._prompts, key=lambda each: remaining[each] > 1):
+            num_tokens = min(remaining[sequence], self._budget(chunks))
+            if num_tokens and sequence.pages and self._reserve(sequence, num_tokens, chunks):
+                chunks[sequence] = num_tokens
 
-    def _reserve_or_victim(self, sequence: Sequence, num_tokens: int) -> Sequence | None:
-        """Give `sequence` pages for its next tokens; where there are too few, who has to go first."""
+    def _budget(self, chunks: dict[Sequence, int]) -> int:
+        """Tokens that may join the decodes and these chunks in a step."""
+        return self.limits.max_num_batched_tokens - len(self._decodes.sequences) - sum(chunks.values())
+
+    def _reserve(self, sequence: Sequence, num_tokens: int, chunks: dict[Sequence, int]) -> bool:
+        """Give a running sequence pages for its next tokens, or say that it had to give up its own.
+
+        Where there are too few, the youngest goes first, out of `chunks` too.
+        """
         missing = self._num_pages(sequence.num_computed_tokens + num_tokens) - len(sequence.pages)
-        if missing <= 0:
-            return None
-        if missing > self.pool.num_available:
-            return self._running[-1]
-        sequence.pages += self.pool.take(missing)
-        return None
+        while missing > self.pool.num_available:
+            victim = self._running[-1]
+            self._preempt(victim)
+            chunks.pop(victim, None)
+            if victim is sequence:
+                return False
+        if missing > 0:
+            sequence.pages += self.pool.take(missing)
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
+        self._stop_running([sequence])
         self._release(sequence)
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
@@ -191,12 +218,12 @@ class Scheduler:
         self._waiting.appendleft(sequence)
         self.counters.preemptions += 1
 
-    def _admit(self, plan: dict[Sequence, int]) -> None:
+    def _admit(self, chunks: dict[Sequence, int]) -> None:
         """Start waiting sequences, in order, while budget, places and pages last."""
-        budget = self.limits.max_num_batched_tokens - sum(plan.values())
+        budget = self._budget(chunks)
         while self._waiting and budget > 0 and len(self._running) < self._max_running:
             sequence = self._waiting[0]
-            found = find_prefix(sequence, self.pool, self.limits.page_size) if self.limits.prefix_caching else []
+            found = self._prefixes.find(sequence)
             # All known tokens must fit now, not only this chunk: half a prompt that waits for pages would
             # hold memory that others could finish with. One page a running sequence is kept back, or the
             # newcomer would be preempted as soon as a decode crosses into its next page.
@@ -206,9 +233,10 @@ class Scheduler:
             self._waiting.popleft()
             self._start(sequence, found)
             num_tokens = min(len(sequence.token_ids) - sequence.num_computed_tokens, budget)
-            self._reserve_or_victim(sequence, num_tokens)
+            self._reserve(sequence, num_tokens, chunks)
             self._running.append(sequence)
-            plan[sequence] = num_tokens
+            self._prompts.append(sequence)
+            chunks[sequence] = num_tokens
             budget -= num_tokens
 
     def _start(self, sequence: Sequence, found: list[int]) -> None:
@@ -220,44 +248,23 @@ class Scheduler:
             self.counters.cached_prompt_tokens += sequence.num_cached_tokens
             self.counters.prompt_tokens += sequence.num_prompt_tokens
 
-    def _append(self, sequence: Sequence, result: StepResult) -> Output:
-        """Add the sampled token, or find that none was wanted, and say what became of the sequence."""
-        wanted = sequence.params.max_tokens != 0
-        token_id = result.token_ids[sequence]
-        first = len(sequence.token_ids) == sequence.num_prompt_tokens
-        sequence.num_pending -= 1
-        if wanted:
-            sequence.token_ids.append(token_id)
-            self.counters.generated_tokens += 1
-        reason = self._finish_reason(sequence)
-        if reason is not None:
-            (self._running if sequence.pages else self._waiting).remove(sequence)
-            self._finish(sequence)
-        return Output(
-            request_id=sequence.request_id,
-            index=sequence.index,
-            token_ids=[token_id] if wanted else [],
-            logprobs=[result.logprobs[sequence]] if wanted and sequence.params.logprobs is not None else None,
-            prompt_logprobs=sequence.prompt_logprobs if first and sequence.prompt_logprobs else None,
-            finish_reason=reason,
-            stop_token_id=token_id if reason == "stop" else None,
-            num_cached_tokens=sequence.num_cached_tokens,
-        )
+    def _finish(self, sequences: Collection[Sequence]) -> None:
+        """Forget sequences and free their pages."""
+        if not sequences:
+            return
+        self._stop_running(sequences)
+        for sequence in sequences:
+            if not sequence.pages:
+                self._waiting.remove(sequence)
+            sequence.finished = True
+            self._demanding.discard(sequence)
+            self._release(sequence)
 
-    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        params, num_output = sequence.params, len(sequence.token_ids) - sequence.num_prompt_tokens
-        if num_output >= max(params.min_tokens, 1):
-            last = sequence.token_ids[-1]
-            if last in params.stop_token_ids or (last in self._eos_token_ids and not params.ignore_eos):
-                return "stop"
-        if num_output == params.max_tokens or len(sequence.token_ids) >= self.limits.max_model_len:
-            return "length"
-        return None
-
-    def _finish(self, sequence: Sequence) -> None:
-        sequence.finished = True
-        self._demanding.discard(sequence)
-        self._release(sequence)
+    def _stop_running(self, sequences: Collection[Sequence]) -> None:
+        gone = set(sequences)
+        self._decodes.remove(gone)
+        self._running = [sequence for sequence in self._running if sequence not in gone]
+        self._prompts = [sequence for sequence in self._prompts if sequence not in gone]
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)

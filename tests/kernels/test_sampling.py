@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessera.runner.sampler import Sampler, parameters
+from tessera.runner.parameters import parameters
+from tessera.runner.sampler import Sampler
 from tessera.types import SamplingParams, Sequence
 from triton_interpreter import (
     DEVICE,

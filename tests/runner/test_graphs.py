@@ -15,8 +15,9 @@ from tessera.engine.engine import Engine
 from tessera.errors import ConfigError
 from tessera.runner.graphs import GraphLimits, StaticInputs
 from tessera.runner.inputs import InputBuilder
-from tessera.runner.sampler import parameters
-from tessera.types import Request, Sequence, Step
+from tessera.runner.parameters import parameters
+from tessera.step import Step
+from tessera.types import Request, Sequence
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 KINDS: list[dict[str, Any]] = [
@@ -71,7 +72,7 @@ def test_rows_of_a_greedy_step_keep_nothing_of_random_steps_before() -> None:
     params = {True: SamplingParams(temperature=0.0), False: SamplingParams(temperature=1.0, top_p=0.5)}
     for greedy, count in ((False, 8), (True, 2), (True, 8), (False, 3), (True, 1)):
         sequences = [Sequence("r", i, [1], 1, params[greedy], i) for i in range(count)]
-        static.write_parameters(sequences)
+        static.write_parameters(Step.of(dict.fromkeys(sequences, 1)))
         assert static.parameters[:count].tolist() == parameters(sequences).tolist()
         assert not greedy or not static.parameters.any()
 
@@ -86,7 +87,7 @@ def test_a_step_is_written_to_the_first_rows_and_the_rest_is_padding() -> None:
         ]
         for sequence in sequences:
             sequence.num_computed_tokens = 20
-        static.write(builder.build_on_host(Step(dict.fromkeys(sequences, 1))), rows=6)
+        static.write(builder.build_on_host(Step.of(dict.fromkeys(sequences, 1))), rows=6)
         assert static.token_ids[:6].tolist() == [*range(count), *[0] * (6 - count)]
         assert static.positions[:count].tolist() == [20] * count
         assert static.slots[:6].tolist() == [16 * (2 * i + 1) + 4 for i in range(count)] + [-1] * (6 - count)

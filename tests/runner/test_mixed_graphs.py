@@ -14,7 +14,8 @@ from tessera.attention.contract import Phase
 from tessera.runner.graphs import PADDING_SLOT, GraphLimits
 from tessera.runner.inputs import InputBuilder
 from tessera.runner.mixed_inputs import MixedInputs, MixedLimits, MixedSize, padded, spans
-from tessera.types import Sequence, Step
+from tessera.step import Step
+from tessera.types import Sequence
 from test_graphs import make_engine, needs_cuda, run
 
 PAGE_SIZE = 16
@@ -35,7 +36,7 @@ def sequence(number: int, computed: int, new: int, unknown: int = 0) -> Sequence
 def step() -> Step:
     """Two decodes, a whole prompt, the rest of one and a chunk that samples nothing."""
     made = [sequence(1, 30, 1), sequence(2, 64, 1), sequence(3, 0, 20), sequence(4, 48, 17), sequence(5, 16, 40, 9)]
-    return Step(dict(zip(made, (1, 1, 20, 17, 40))))
+    return Step.of(dict(zip(made, (1, 1, 20, 17, 40))))
 
 
 def test_a_step_is_written_as_it_is_and_the_rest_is_padding() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.runner.sampler import Sampler, parameters, uniform
+from tessera.runner.parameters import SamplingRows, parameters, uniform
+from tessera.runner.sampler import Sampler
 from tessera.types import SamplingParams, Sequence
 
 EOS = 3
@@ -76,13 +78,33 @@ def test_min_p_drops_tokens_below_the_share_of_the_best() -> None:
     assert set(found.nonzero()[:, 0].tolist()) == set((probs >= 0.2 * probs.max()).nonzero()[:, 0].tolist())
 
 
-@given(seed=st.integers(-(2**63), 2**64 - 1), position=st.integers(0, 10_000))
-def test_uniform_is_within_zero_and_one(seed: int, position: int) -> None:
-    assert 0 <= uniform(seed % 2**64, position) < 1
+def one_uniform(seed: int, position: int) -> float:
+    """SplitMix64 twice, in numbers without an end."""
+
+    def mix(value: int) -> int:
+        value = (value + 0x9E3779B97F4A7C15) % 2**64
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) % 2**64
+        return value ^ (value >> 31)
+
+    return float((mix((mix(seed) + position * 0x9E3779B97F4A7C15) % 2**64) >> 32) * 2.0**-32)
+
+
+def uniforms(pairs: list[tuple[int, int]]) -> list[float]:
+    seeds, positions = np.array(pairs, np.uint64).reshape(-1, 2).T
+    found: list[float] = uniform(seeds, positions).tolist()
+    return found
+
+
+@given(pairs=st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 10_000))))
+def test_uniform_is_splitmix_twice_and_within_zero_and_one(pairs: list[tuple[int, int]]) -> None:
+    found = uniforms(pairs)
+    assert found == [one_uniform(*pair) for pair in pairs]
+    assert all(0 <= each < 1 for each in found)
 
 
 def test_uniform_is_even_over_seeds_and_over_positions() -> None:
-    for numbers in ([uniform(s, 0) for s in range(10_000)], [uniform(7, p) for p in range(10_000)]):
+    for numbers in (uniforms([(s, 0) for s in range(10_000)]), uniforms([(7, p) for p in range(10_000)])):
         counts = torch.histc(torch.tensor(numbers), 20, 0, 1)
         assert ((counts - 500) ** 2 / 500).sum() < 50  # 19 degrees of freedom
 
@@ -171,8 +193,8 @@ def test_logprobs_are_the_models_own_and_agree_with_themselves() -> None:
     asked = sequence(temperature=0.5, logprobs=4, presence_penalty=2.0, output=(int(logits[0].argmax()),))
     other = sequence()
     chosen, found = Sampler([EOS]).sample(logits.clone(), [asked, other]).result()
-    assert (list(found), list(chosen)) == ([asked], [asked, other])
-    token_ids = [chosen[asked]]
+    assert (list(found), len(chosen)) == ([asked], 2)
+    token_ids = chosen[:1]
     entry, exact = found[asked], logits[0].log_softmax(-1)
     assert entry.token_id == token_ids[0]
     assert math.isclose(entry.logprob, exact[token_ids[0]].item(), abs_tol=1e-6)
@@ -188,7 +210,33 @@ def test_the_kernel_is_told_each_rows_own_parameters_and_random_number() -> None
     ]
     table = parameters(rows)
     assert table.dtype == np.float64
-    assert table.tolist() == [[0.7, 9, 0.8, 0.1, uniform(5, 2)], [0] * 5]  # greedy: no more is asked
+    assert table.tolist() == [[0.7, 9, 0.8, 0.1, one_uniform(5, 2)], [0] * 5]  # greedy: no more is asked
+
+
+def test_rows_that_are_kept_say_what_rows_made_anew_say_whoever_comes_and_goes() -> None:
+    random, kept, alive = Random(0), SamplingRows.of([]), list[Sequence]()
+    kinds: list[dict[str, Any]] = [{"temperature": 0.0}, {"top_p": 0.5}, {"min_tokens": 3}, {"min_p": 0.1, "top_k": 4}]
+    for _ in range(200):
+        alive = [each for each in alive if random.random() < 0.8]
+        alive += [
+            sequence(seed=random.randrange(2**64), output=(1,) * random.randrange(5), **random.choice(kinds))
+            for _ in range(random.randrange(4))
+        ]
+        random.shuffle(alive)
+        for each in alive:
+            each.token_ids.append(1)
+        kept = kept.following(list(alive))
+        num_tokens = np.array([each.num_tokens for each in alive], np.int64)
+        assert kept.parameters(num_tokens).tolist() == parameters(alive).tolist()
+        assert kept.all_greedy == all(each.params.greedy for each in alive)
+        assert kept.all_plain(num_tokens) == all(each.num_output_tokens >= each.params.min_tokens for each in alive)
+
+
+@pytest.mark.parametrize("asked", [{"logprobs": 0}, {"presence_penalty": 1.0}, {"logit_bias": {3: 1.0}}])
+def test_a_row_that_asks_more_than_its_token_is_never_plain(asked: dict[str, Any]) -> None:
+    rows = SamplingRows.of([sequence(temperature=0.0), sequence(temperature=0.0, **asked)])
+    assert not rows.all_plain(np.array([10_000, 10_000]))
+    assert rows.following(rows.sequences[:1]).all_plain(np.array([10_000]))
 
 
 def test_whether_the_kernel_serves_is_decided_once_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from tessera.engine.engine import Engine
 from tessera.scheduler.pages import PagePool
 from tessera.scheduler.scheduler import Scheduler, SchedulerLimits
-from tessera.types import EngineInfo, Output, SamplingParams, Sequence, Step, StepResult
+from tessera.step import Step, StepResult
+from tessera.types import EngineInfo, Output, SamplingParams, Sequence
 
 EOS = 0
 VOCAB_SIZE = 50
@@ -31,7 +32,7 @@ def continuation(prompt: list[int], params: SamplingParams, max_model_len: int) 
 class Computed:
     """A step of the paper runner, which computes it when it begins."""
 
-    def __init__(self, sampled: dict[Sequence, int]) -> None:
+    def __init__(self, sampled: list[int]) -> None:
         self.sampled = sampled
 
     def result(self) -> StepResult:
@@ -52,7 +53,7 @@ class PaperRunner:
 
     def begin(self, step: Step) -> Computed:
         """Compute a step; AssertionError where a sequence's pages do not hold its own tokens."""
-        tokens = {s: s.token_ids + ([self.last[s]] if s.num_pending else []) for s in step.num_tokens}
+        tokens = {s: s.token_ids + ([self.last[s]] if s.num_pending else []) for s in step.sequences}
         for sequence, num_tokens in step.num_tokens.items():
             start = sequence.num_computed_tokens
             for position in range(start, start + num_tokens):
@@ -62,7 +63,7 @@ class PaperRunner:
             held = [self.slots[self._slot(sequence, position)] for position in range(end)]
             assert held == list(enumerate(tokens[sequence][:end])), "the pages hold another sequence's tokens"
         self.last = {sequence: next_token(tokens[sequence]) for sequence in step.sampling}
-        return Computed(self.last)
+        return Computed(list(self.last.values()))
 
     def _slot(self, sequence: Sequence, position: int) -> int:
         return sequence.pages[position // self.page_size] * self.page_size + position % self.page_size
@@ -98,7 +99,7 @@ class PaperEngine:
         for output in self.engine.step():
             self._take(output)
         self.scheduler.check()
-        return self.steps[-1] if len(self.steps) > before else Step({})
+        return self.steps[-1] if len(self.steps) > before else Step.of({})
 
     def run(self, max_steps: int = 10_000) -> int:
         """Step until nothing is left; the number of steps."""

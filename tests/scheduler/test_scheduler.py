@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paper_model import PaperEngine, continuation
+from paper_model import EOS, VOCAB_SIZE, PaperEngine, continuation
 from tessera.scheduler.scheduler import SchedulerLimits
 from tessera.types import SamplingParams
 
@@ -157,6 +158,7 @@ def test_max_tokens_zero_computes_the_prompt_and_gives_no_token() -> None:
     engine.run()
     assert engine.tokens["a", 0] == []
     assert engine.finished["a", 0] == "length"
+    assert engine.scheduler.counters.generated_tokens == 0
 
 
 def test_a_sequence_that_fills_the_context_finishes_by_length() -> None:
@@ -189,3 +191,39 @@ def test_overlap_goes_on_where_pages_suffice() -> None:
     engine.step()
     engine.step()
     assert len(engine.steps) == 2 and len(engine.tokens["a", 0]) == 1
+
+
+def test_a_sequence_whose_pending_token_is_its_last_by_length_is_not_computed_again() -> None:
+    for params, max_model_len in (
+        (SamplingParams(max_tokens=4, ignore_eos=True), 64),
+        (SamplingParams(max_tokens=9), 7),
+    ):
+        engine = PaperEngine(64, limits(max_model_len=max_model_len), overlap=True)
+        engine.add("a", [1, 2, 3], params)
+        assert engine.run() == 4
+        assert engine.finished["a", 0] == "length"
+        assert engine.scheduler.counters.generated_tokens == 4
+
+
+def test_a_stop_token_ends_a_sequence_once_it_has_its_least_tokens_and_eos_does_not_where_it_is_ignored() -> None:
+    every = [token for token in range(VOCAB_SIZE) if token != EOS]
+    for overlap in (False, True):
+        for least in (0, 1, 5):
+            engine = PaperEngine(64, limits(), overlap=overlap)
+            params = SamplingParams(max_tokens=9, min_tokens=least, stop_token_ids=every, ignore_eos=True)
+            engine.add("a", [1, 2, 3], params)
+            engine.run()
+            tokens = continuation([1, 2, 3], SamplingParams(max_tokens=9, ignore_eos=True), 64)
+            end = next(number for number in range(max(least, 1), 10) if tokens[number - 1] != EOS)
+            assert (engine.tokens["a", 0], engine.finished["a", 0]) == (tokens[:end], "stop")
+
+
+def test_decodes_that_go_on_have_the_very_same_list_and_others_another() -> None:
+    """What is kept a sequence rests on it; a list never changes."""
+    engine = PaperEngine(64, limits())
+    for number in range(3):
+        engine.add(str(number), [number + 1] * 3, SamplingParams(max_tokens=3 + 3 * number, ignore_eos=True))
+    steps = [engine.step() for _ in range(9)]
+    assert [len(step.sequences) for step in steps] == [3, 3, 3, 2, 2, 2, 1, 1, 1]
+    same = [before.sequences is step.sequences for before, step in pairwise(steps)]
+    assert same == [False, True, False, True, True, False, True, True]

@@ -12,7 +12,8 @@ from tessera.bench.offline.target import target_of
 from tessera.config import EngineConfig
 from tessera.runner.device import choose_device
 from tessera.runner.executor import Executor
-from tessera.types import AttentionChoice, SamplingParams, Sequence, Step
+from tessera.step import Step
+from tessera.types import AttentionChoice, SamplingParams, Sequence
 
 Ids = list[list[int]]
 
@@ -51,7 +52,7 @@ class QualityModel:
         Prompts are computed one by one (prefill), then all sequences a token at a time (decode).
         """
         sequences = list(self._sequences(prompts, num_tokens))
-        rows = [self._executor.logits(Step({each: len(each.token_ids)}))[-1].cpu() for each in sequences]
+        rows = [self._executor.logits(Step.of({each: len(each.token_ids)}))[-1].cpu() for each in sequences]
         logits, chosen = [torch.stack(rows)], []
         for index in range(num_tokens):
             chosen.append(logits[-1].argmax(-1) if led_by is None else led_by[:, index])
@@ -60,7 +61,7 @@ class QualityModel:
             for sequence, token in zip(sequences, chosen[-1].tolist()):
                 sequence.num_computed_tokens = len(sequence.token_ids)
                 sequence.token_ids.append(token)
-            logits.append(self._executor.logits(Step(dict.fromkeys(sequences, 1))).cpu())
+            logits.append(self._executor.logits(Step.of(dict.fromkeys(sequences, 1))).cpu())
         return Answer(torch.stack(chosen, 1), logits)
 
     def negative_log_likelihoods(self, windows: Ids) -> Tensor:
@@ -68,7 +69,7 @@ class QualityModel:
         found = []
         for window in windows:
             sequence = next(self._sequences([window], 0))
-            logits = self._executor.logits(Step({sequence: len(window)}))[:-1]
+            logits = self._executor.logits(Step.of({sequence: len(window)}))[:-1]
             targets = torch.tensor(window[1:], device=logits.device)
             loss = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
             found.append(loss.cpu())
