@@ -1,10 +1,10 @@
 r"""Whether answers stay the same: greedy token ids with CUDA graphs and overlap, without them, and of transformers.
 
     unchanged     mixed requests, some of them aborted, once with CUDA graphs and overlap and once without either; then
-                  fewer of them in so few pages that sequences are preempted. An aborted request is aborted at the
-                  same token of its own both times, and what it had said until then is compared.
-    transformers  this engine and transformers, each in float32 and bfloat16, on one device; prompts are cut to equal
-                  lengths in groups, so that transformers runs them as batches without padding.
+                  short prompts with long answers in so few pages that sequences are preempted. An aborted request is
+                  aborted at the same token of its own both times, and what it had said until then is compared.
+    transformers  this engine and transformers, each in float32 and bfloat16, on one device; prompts are brought to
+                  equal lengths in groups, so that transformers runs them as batches without padding.
 
 Where two answers part, transformers in float32, fed what both had said until then, tells how far apart its logits of
 the two tokens are. In float32 that has to be less than 1e-3; where bfloat16 has a part in it, less than 6 times the
@@ -14,8 +14,8 @@ under `unchanged`, or one of both engines in float32, is not explained so. Witho
 `unchanged` is about overlap alone.
 
     python benchmarks/same_answers.py --model PATH --json same_answers.jsonl
-    python benchmarks/same_answers.py --requests 24 --longest-prompt 80 --longest-answer 40 \
-        --scarce-requests 16 --num-pages 10 --prompts 8 --tokens 16
+    python benchmarks/same_answers.py --requests 24 --longest-prompt 80 --longest-answer 24 --scarce-requests 12 \
+        --scarce-prompt 8 --scarce-answer 80 --num-pages 8 --prompts 8 --tokens 16
 """
 
 from __future__ import annotations
@@ -120,11 +120,12 @@ def both_ways(comparison: Comparison, dtype: str, asked: list[Asked], num_pages:
 def compare_unchanged(comparison: Comparison) -> None:
     """Print the table of `unchanged`."""
     options = comparison.options
-    longest = options.longest_prompt, options.longest_answer
+    longest, scarce = (options.longest_prompt, options.longest_answer), (options.scarce_prompt, options.scarce_answer)
     asked = mixed_requests(comparison.tokenizer, options.requests, longest, options.seed)
+    asked_scarce = mixed_requests(comparison.tokenizer, options.scarce_requests, scarce, options.seed)
     print(header(UNCHANGED))
     for dtype in comparison.dtypes:
-        cases = [(asked, None), (asked[: options.scarce_requests], options.num_pages)]
+        cases = [(asked, None), (asked_scarce, options.num_pages)]
         runs = [both_ways(comparison, dtype, *case) for case in cases]
         reference = comparison.reference(dtype)
         for (some, num_pages), (first, second) in zip(cases, runs, strict=True):
@@ -166,7 +167,7 @@ def notes(comparison: Comparison, first: Run, second: Run, *, scarce: bool) -> l
     """What a pair of runs does not show, though it was to."""
     found = []
     if scarce and not (first.preemptions and second.preemptions):
-        found.append("no sequence was preempted: take fewer --num-pages or more --scarce-requests")
+        found.append("no sequence was preempted: take fewer --num-pages or longer answers, --scarce-answer")
     if comparison.device.type == "cuda" and not first.graphs:
         found.append("no step was replayed as a CUDA graph")
     if first.attention != second.attention:
@@ -239,8 +240,10 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--longest-answer", type=int, default=120)
     parser.add_argument("--arriving", type=int, default=4, help="new requests a step")
     parser.add_argument("--seed", type=int, default=0, help="of the requests and of what is aborted")
-    parser.add_argument("--scarce-requests", type=int, default=96, help="those that are run in few pages")
-    parser.add_argument("--num-pages", type=int, default=192, help="how few")
+    parser.add_argument("--num-pages", type=int, default=64, help="so few that sequences are preempted")
+    parser.add_argument("--scarce-requests", type=int, default=64, help="requests in few pages")
+    parser.add_argument("--scarce-prompt", type=int, default=60, help="tokens of their longest prompt")
+    parser.add_argument("--scarce-answer", type=int, default=240, help="tokens of their longest answer")
     parser.add_argument("--prompts", type=int, default=32, help="of the part `transformers`")
     parser.add_argument("--tokens", type=int, default=64, help="each, of the part `transformers`")
     parser.add_argument("--group", type=int, default=8, help="prompts that transformers runs at once")

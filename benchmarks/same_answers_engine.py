@@ -94,10 +94,13 @@ def _joined(texts: Ids, length: int, source: random.Random) -> list[int]:
 
 
 def equal_length_prompts(prompts: Ids, group: int) -> list[Ids]:
-    """Prompts in groups of like length, each cut to the shortest of its group: a batch then needs no padding."""
+    """Prompts in groups of like length, brought to that of the longest of the group: a batch then needs no padding.
+
+    A shorter one is preceded by the beginning of the longest, so that all still end as they did.
+    """
     ordered = sorted(prompts, key=len)
     groups = [ordered[first : first + group] for first in range(0, len(ordered), group)]
-    return [[prompt[: len(members[0])] for prompt in members] for members in groups]
+    return [[members[-1][: len(members[-1]) - len(prompt)] + prompt for prompt in members] for members in groups]
 
 
 def fixed_requests(prompts: Ids, num_tokens: int) -> list[Asked]:

@@ -42,7 +42,7 @@ class Divergence:
 
     @property
     def explained(self) -> bool:
-        """Whether the two tokens are as good as tied."""
+        """Whether rounding explains that they part."""
         return self.gap is not None and self.bound is not None and self.gap <= self.bound
 
     def line(self, names: tuple[str, str]) -> str:
@@ -52,7 +52,7 @@ class Divergence:
         said = f"{where}: {first} {names[0]}, {second} {names[1]}"
         if self.gap is None or self.bound is None:
             return f"- {said}: NOT EXPLAINED, one has ended"
-        verdict = "a near tie" if self.explained else "NOT EXPLAINED"
+        verdict = "explained" if self.explained else "NOT EXPLAINED"
         return f"- {said}: float32 logits {self.gap:.3g} apart, bound {self.bound:.3g}: {verdict}"
 
 
