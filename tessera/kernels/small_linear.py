@@ -1,10 +1,11 @@
-"""A linear layer of one to sixteen rows in one launch, with the norm before it and the sum or SwiGLU after it.
+"""A linear layer of few rows in one launch, with the norm before it and the sum or SwiGLU after it.
 
 A decode of few sequences does nothing but read weights, so each is read once, as fast as memory gives it, and what
 lies between the products rides along: a layer takes four launches of this kernel, one of `rope_pages` and attention's.
 
-Which bits a row has: within 1 to 4 rows and within 5 to 16 they do not depend on how many rows there are, on what the
-others hold or on the run, for nothing is added up by atomics. Between the two ranges they differ, in the last places.
+Which bits a row has: within 1 to 4 rows, within 5 to 16 and within 17 to 256 they do not depend on how many rows there
+are, on what the others hold or on the run, for nothing is added up by atomics. Between the ranges they differ, in the
+last places.
 """
 
 # mypy: disable-error-code="import-untyped, import-not-found"
@@ -19,9 +20,17 @@ from torch import Tensor
 from tessera.kernels.dependent import launch_constants, pdl_on
 from tessera.kernels.launch import Launch, Launcher
 from tessera.kernels.small_linear_kernels import few_rows_kernel, more_rows_kernel
-from tessera.kernels.small_linear_tiles import FEW_ROWS, MAX_ROWS, few_rows_tiles, more_rows_tiles
+from tessera.kernels.small_linear_many import many_rows_kernel
+from tessera.kernels.small_linear_tiles import (
+    FEW_ROWS,
+    MAX_ROWS,
+    MORE_ROWS,
+    few_rows_tiles,
+    many_rows_tiles,
+    more_rows_tiles,
+)
 
-__all__ = ["MAX_ROWS", "Norm", "serves_small", "small_linear"]
+__all__ = ["MAX_ROWS", "MORE_ROWS", "Norm", "serves_small", "small_linear"]
 
 
 class Norm(NamedTuple):
@@ -34,11 +43,16 @@ class Norm(NamedTuple):
 
 
 def serves_small(num_rows: int, weight: Tensor) -> bool:
-    """Whether `small_linear` multiplies so many rows by this weight: 1 to 16 rows, a weight as `nn.Linear` has it."""
-    return 1 <= num_rows <= MAX_ROWS and weight.dim() == 2 and weight.numel() > 0 and weight.is_contiguous()
+    """Whether `small_linear` multiplies so many rows by this weight, which is as `nn.Linear` has it.
+
+    1 to 16 rows, in half types up to `MAX_ROWS`; more than 16 without a norm.
+    """
+    most = MAX_ROWS if weight.element_size() == 2 else MORE_ROWS
+    return 1 <= num_rows <= most and weight.dim() == 2 and weight.numel() > 0 and weight.is_contiguous()
 
 
 _launch_few_rows, _launch_more_rows = Launcher(few_rows_kernel), Launcher(more_rows_kernel)
+_launch_many_rows = Launcher(many_rows_kernel)
 
 
 def small_linear(
@@ -53,7 +67,7 @@ def small_linear(
 ) -> Tensor:
     """act(norm(x) · weightᵀ + bias) + residual, computed in float32 and rounded once, at the end.
 
-    x         [rows, inputs], 1 to 16 rows, which may lie apart
+    x         [rows, inputs], as many rows as `serves_small` says, which may lie apart
     weight    [outputs, inputs], contiguous, of the same dtype; gated: [2 * outputs, inputs], gate before up
     bias      [rows of weight]
     norm      the sum of squares is added up beside the product of x times the norm's weight, and scales the product at
@@ -66,7 +80,7 @@ def small_linear(
     returns   [rows, outputs], a new tensor
     """
     num_rows = x.shape[0]
-    if not serves_small(num_rows, weight):
+    if not serves_small(num_rows, weight) or (norm is not None and num_rows > MORE_ROWS):
         raise ValueError(f"{num_rows} rows times a weight of {tuple(weight.shape)} are not for small_linear")
     rows, added = _rows(x), None if residual is None else _rows(residual)
     num_weight_rows, num_inputs = weight.shape
@@ -99,14 +113,19 @@ def _compiled(
     if num_rows <= FEW_ROWS:
         launcher, few = _launch_few_rows, few_rows_tiles(num_rows, num_weight_rows, num_inputs)
         constants |= {"ROWS": few.rows, "TILE": few.tile, "CHUNK": few.chunk, "HELD": few.held}
-        tile, num_warps = few.tile, few.num_warps
+        programs, num_warps = triton.cdiv(num_weight_rows, few.tile), few.num_warps
+    elif num_rows > MORE_ROWS:
+        launcher, many = _launch_many_rows, many_rows_tiles(num_rows, num_inputs, gated=parts[3])
+        constants |= {"ROWS": many.rows, "TILE": many.tile, "CHUNK": many.chunk}
+        constants |= {"STAGES": many.stages, "LINES": many.lines}
+        programs, num_warps = triton.cdiv(num_rows, many.rows) * triton.cdiv(num_weight_rows, many.tile), many.num_warps
     else:
         launcher, more = _launch_more_rows, more_rows_tiles(num_weight_rows, num_inputs, item_bytes)
         constants |= {"ROWS": more.rows, "TILE": more.tile, "CHUNK": more.chunk}
         constants |= {"STAGES": more.stages, "LINES": more.lines}
-        tile, num_warps = more.tile, more.num_warps
+        programs, num_warps = triton.cdiv(num_weight_rows, more.tile), more.num_warps
     launch = launcher.fixed(**constants, num_warps=num_warps, enable_fp_fusion=False, **launch_constants(pdl))
-    return launch, triton.cdiv(num_weight_rows, tile)
+    return launch, programs
 
 
 def _rows(x: Tensor) -> Tensor:

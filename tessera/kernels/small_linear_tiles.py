@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-MAX_ROWS = 16
+MAX_ROWS = 256
 """The most rows that `small_linear` multiplies."""
+MORE_ROWS = 16
+"""The most that one tile of tensor cores' least size serves."""
 FEW_ROWS = 4
 """The most that plain multiply-adds serve: from 8 rows on they would take longer than the weight takes to arrive."""
 LOADS = {1: 16, 2: 16, 4: 8}
@@ -96,4 +98,40 @@ def more_rows_tiles(num_weight_rows: int, num_inputs: int, item_bytes: int) -> M
         tile, num_warps, chunk, stages = 64, 4, 128, 4
     needed = -(-num_inputs * item_bytes // LINE_BYTES)
     lines = min(1 << (needed - 1).bit_length(), PREFETCH_LINES // tile)
-    return MoreRows(MAX_ROWS, tile, chunk * 2 // item_bytes, stages, lines, num_warps)
+    return MoreRows(MORE_ROWS, tile, chunk * 2 // item_bytes, stages, lines, num_warps)
+
+
+class ManyRows(NamedTuple):
+    """How the kernel for more than sixteen rows is compiled."""
+
+    rows: int
+    """Of x a program."""
+    tile: int
+    """Rows of the weight a program."""
+    chunk: int
+    """Inputs in one stage."""
+    stages: int
+    """Chunks in shared memory or on their way."""
+    lines: int
+    """Lines of 128 bytes of each row of the weight that are prefetched."""
+    num_warps: int
+
+
+def many_rows_tiles(num_rows: int, num_inputs: int, *, gated: bool) -> ManyRows:
+    """Tiles for 17 to 256 rows times a small weight, in half types: the winners of a search on an H200.
+
+    | rows       | rows x tile | gated    |
+    | ---------- | ----------- | -------- |
+    | up to 64   | 64 x 32     | 64 x 64  |
+    | up to 128  | 64 x 32     | 128 x 32 |
+    | up to 256  | 64 x 64     | 128 x 64 |
+
+    The order in which a sum is added up follows from the inputs alone.
+    """
+    if gated:
+        rows, tile = (64, 64) if num_rows <= 64 else (128, 32) if num_rows <= 128 else (128, 64)
+    else:
+        rows, tile = (64, 32) if num_rows <= 128 else (64, 64)
+    chunk, stages = (64, 6) if num_inputs < 1024 or num_inputs % 128 else (128, 4)
+    lines = min(1 << (-(-num_inputs // 64) - 1).bit_length(), PREFETCH_LINES // tile)
+    return ManyRows(rows, tile, chunk, stages, lines, 8 if rows * tile >= 128 * 64 else 4)

@@ -25,8 +25,8 @@ class LlamaLayer(nn.Module):
     both in one launch. In a small step of a fused layer nothing is left to be added: the norms ride on the products
     behind them and the sums on those before, six launches in all (eight beyond `FEW_ROWS`, see `Linear.small`).
 
-    fused  whether Triton kernels compute what lies between the products, and in steps of at most `SMALL_TOKENS`
-           tokens the products themselves; None: wherever they run
+    fused  whether Triton kernels compute what lies between the products, and in small steps (`Linear.serves_small`)
+           the products themselves; None: wherever they run
     """
 
     def __init__(self, spec: ModelSpec, layer: int, placement: Placement, *, fused: bool | None = None) -> None:

@@ -166,6 +166,16 @@ def test_more_sequences_than_a_program_can_read_are_split_evenly() -> None:
 
 
 @needs_kernels
+def test_short_sequences_are_cut_up_further_while_multiprocessors_would_idle() -> None:
+    decode = Decode(make_shape(), options=replace(FINE, block_n=32, min_split=256, programs_per_sm=2))
+    decode._sms = 132
+    for num_seqs, longest, least in ((1, 512, 32), (1, 8192, 128), (16, 512, 128), (64, 512, 256), (1, 0, 32)):
+        table = torch.zeros(num_seqs, 1, dtype=torch.int32)
+        shares = decode.plan(replace(make_batch(((1, 9),) * num_seqs, table, 1), max_kv_len=longest)).shares
+        assert (num_seqs, longest, shares.min_split) == (num_seqs, longest, least)
+
+
+@needs_kernels
 def test_the_rungs_share_out_as_their_names_say() -> None:
     case = make_case(Phase.DECODE, Workload(((1, 700), (1, 5))), make_shape())
     paged, flash = (of(Phase.DECODE, case.shape).plan(case.batch).shares for of in (TritonPaged, TritonFlashDecoding))

@@ -25,7 +25,7 @@ from triton_interpreter import (
 
 pytest.importorskip("triton", reason="triton is not installed")
 from tessera.kernels.dependent import pdl_on
-from tessera.kernels.small_linear import MAX_ROWS, Norm, serves_small, small_linear
+from tessera.kernels.small_linear import MAX_ROWS, MORE_ROWS, Norm, serves_small, small_linear
 from tessera.kernels.small_linear_kernels import few_rows_kernel, more_rows_kernel
 from tessera.kernels.small_linear_tiles import few_rows_tiles, more_rows_tiles
 
@@ -182,13 +182,15 @@ def test_zeros_and_negative_zeros_give_zeros() -> None:
     assert not small_linear(torch.zeros(2, 40, device=DEVICE), torch.ones(8, 40, device=DEVICE), norm=norm).any()
 
 
-def test_one_to_sixteen_rows_are_served() -> None:
-    weight = torch.zeros(8, 4)
-    served = [rows for rows in range(40) if serves_small(rows, weight)]
-    assert served == list(range(1, MAX_ROWS + 1)) and MAX_ROWS == 16
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, MORE_ROWS), (torch.float16, MAX_ROWS)])
+def test_so_many_rows_are_served(dtype: torch.dtype, most: int) -> None:
+    weight = torch.zeros(8, 4, dtype=dtype)
+    assert [rows for rows in range(300) if serves_small(rows, weight)] == list(range(1, most + 1))
     assert not serves_small(1, weight.t()) and not serves_small(1, torch.zeros(0))  # transposed; packed
-    with pytest.raises(ValueError, match="17 rows times a weight of \\(8, 4\\)"):
-        small_linear(torch.zeros(17, 4), weight)
+    with pytest.raises(ValueError, match=f"{most + 1} rows times a weight of \\(8, 4\\)"):
+        small_linear(torch.zeros(most + 1, 4, dtype=dtype), weight)
+    with pytest.raises(ValueError, match="17 rows times a weight"):
+        small_linear(torch.zeros(17, 4, dtype=dtype), weight, norm=Norm(torch.ones(4, dtype=dtype), EPS))
 
 
 def test_programs_keep_an_h200_busy_and_add_up_in_one_order() -> None:

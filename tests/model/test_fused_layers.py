@@ -191,8 +191,19 @@ def test_a_small_step_takes_four_products_a_layer_and_a_larger_one_none(
 
 
 @needs_kernels
+def test_in_half_types_more_tokens_take_them_beside_the_smallest_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = count_small(monkeypatch)
+    answers_of(make_spec(), torch.float16, fused=True, tokens="20")
+    assert len(shapes) == 2 * 4
+    monkeypatch.setattr(linear, "MOST_WEIGHT_BYTES", ((256, 80 * 48 * 2 - 1), (16, 2**24)))
+    answers_of(make_spec(), torch.float16, fused=True, tokens="20")
+    assert len(shapes) == 2 * 4
+
+
+@needs_kernels
 def test_beside_a_large_weight_only_the_smallest_steps_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "SMALL_WEIGHT_BYTES", 80 * 48 * 4 - 1)  # one of the four is larger
+    largest = 80 * 48 * 4  # of the four
+    monkeypatch.setattr(linear, "MOST_WEIGHT_BYTES", ((256, largest - 1), (16, largest - 1)))
     shapes = count_small(monkeypatch)
     answers_of(make_spec(), torch.float32, fused=True, tokens="2")
     assert shapes == []

@@ -118,15 +118,21 @@ class Decode:
         # The kernel rounds queries up to a power of two, and sees a window longer for it.
         queries = 1 << (max_q_len - 1).bit_length()
         longest = min(max_kv_len, self.shape.window + queries - 1 if self.shape.window else max_kv_len)
-        most = -(-longest // options.min_split)
+        min_split = self._least_split(options, num_seqs * columns, longest)
+        most = -(-longest // min_split)
         balanced = options.balanced_per_sm > 0 if self._balanced is None else self._balanced
         if self._split and balanced and most > 1 and 1 < num_seqs <= MOST_BALANCED and 2 * columns <= room:
             per_sm = options.balanced_per_sm or options.programs_per_sm
             splits = min(self._sms * per_sm // columns, room // (2 * columns))
-            return share_by_length(num_seqs, max(1, splits), options.min_split, longest, max_q_len)
+            return share_by_length(num_seqs, max(1, splits), min_split, longest, max_q_len)
         programs = min(self._sms * options.programs_per_sm, room) if self._split else 1
         splits = max(1, min(most, programs // max(1, num_seqs * columns)))
-        return share_evenly(num_seqs, splits, options.min_split, max_q_len)
+        return share_evenly(num_seqs, splits, min_split, max_q_len)
+
+    def _least_split(self, options: Options, num_columns: int, longest: int) -> int:
+        """Fewest tokens a split: as the options say, or fewer, down to one block, while multiprocessors would idle."""
+        evenly = -(-max(1, longest) * num_columns // self._sms)
+        return min(options.min_split, -(-evenly // options.block_n) * options.block_n)
 
 
 class _DecodeRung(TritonBackend[DecodePlan]):

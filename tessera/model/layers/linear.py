@@ -6,16 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tessera.kernels.small_linear_tiles import FEW_ROWS, MAX_ROWS
+from tessera.kernels.small_linear_tiles import FEW_ROWS, MAX_ROWS, MORE_ROWS
 from tessera.model.layers.norm import RMSNorm
 from tessera.model.layers.parameter import Placement
 
-SMALL_TOKENS = MAX_ROWS
-"""Most tokens whose products take `small_linear`."""
+MOST_WEIGHT_BYTES = ((MAX_ROWS, 2**22), (MORE_ROWS, 2**24))
+"""Tokens up to which `small_linear` beats cuBLAS and the launches around it, and the size of a weight up to which it
+does: measured on an H200, where those of 6 MB lose from 17 tokens on, and of 33 MB from 4 on."""
 ANY_WEIGHT_TOKENS = 2
-"""Most tokens for which it beats cuBLAS and the launches around it whatever the weight, measured on an H200."""
-SMALL_WEIGHT_BYTES = 2**24
-"""Of a weight up to which it does for all of `SMALL_TOKENS`: those of 4,096 columns and rows lose from 4 rows on."""
+"""Most tokens for which it does whatever the weight."""
 
 
 class Linear(nn.Module):
@@ -66,7 +65,10 @@ class Linear(nn.Module):
 
     def serves_small(self, num_tokens: int) -> bool:
         """Whether `small` takes so many tokens, and is the faster way; never where the weight is packed."""
-        most = SMALL_TOKENS if self.weight.nbytes <= SMALL_WEIGHT_BYTES else ANY_WEIGHT_TOKENS
+        most = ANY_WEIGHT_TOKENS
+        for tokens, num_bytes in MOST_WEIGHT_BYTES:
+            if self.weight.nbytes <= num_bytes:
+                most = max(most, min(tokens, MAX_ROWS if self.weight.itemsize == 2 else MORE_ROWS))
         return self.packed is None and 1 <= num_tokens <= most
 
     def prepare(self) -> None:
