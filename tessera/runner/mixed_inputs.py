@@ -28,7 +28,7 @@ FEWEST_TOKENS = 64
 TOKENS_PER_PROMPT = 32
 """A graph of so many times as many tokens takes one more prompt."""
 FEWEST_PROMPTS = 4
-WORTH_LAUNCHING = 2e13
+WORTH_LAUNCHING = 6e12
 """Operations of a step's products from which on the device takes longer than the host takes to launch the step."""
 _ALIGNMENT = 256
 _DTYPES = {np.dtype(np.int32): torch.int32, np.dtype(np.int64): torch.int64, np.dtype(np.float64): torch.float64}
