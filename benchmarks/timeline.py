@@ -1,7 +1,8 @@
 """Where the time of a step goes: what the host does, what the device computes, and when neither waits for the other.
 
 Runs decode steps of so many sequences with random prompts, profiles a few of them in the middle, prints one Markdown
-table and draws the steps as lanes: the host's parts above, the device's kernels by kind below. On a CPU there is no
+table and draws the steps as lanes: the host's parts above, the device's kernels by kind below. The first row is of
+steps before, for a profiler slows the host down, most where it launches most. On a CPU there is no
 device beside the host, and one lane of operators stands in its place.
 
     python benchmarks/timeline.py --model dummy:135m --sequences 1 --figure timeline.svg
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from tessera import SamplingParams
 from tessera.config import EngineConfig
@@ -31,7 +32,7 @@ from tessera.types import Request
 
 KINDS = (
     ("attention", r"attn|attention|prefill|decode|flash|fmha|softmax|Batch\w*KVCache"),
-    ("products", r"nvjet|gemm|gemv|cutlass|few_rows|more_rows|splitK|mkldnn_linear|linear|addmm|bmm|::mm"),
+    ("products", r"nvjet|gemm|gemv|cutlass|few_rows|more_rows|many_rows|splitK|mkldnn_linear|linear|addmm|bmm|::mm"),
     ("copies", r"Memcpy|Memset|copy"),
 )
 """What a kernel or operator is for, by its name; 'other' where none fits: norms, rotation, activations, sampling."""
@@ -102,12 +103,22 @@ def record(engine: Engine, num_steps: int) -> tuple[list[Span], list[Span], floa
         seconds = time.perf_counter() - started
     zero: int = profiler.profiler.kineto_results.trace_start_ns()
     host = [Span(part, (start - zero) / 1000, (end - zero) / 1000) for part, start, end in noted]
-    device = [
-        Span(kind_of(event.name), event.time_range.start, event.time_range.end)
-        for event in profiler.events() or ()
-        if on_cuda or event.cpu_parent is None
-    ]
-    return host, device, seconds * 1e6
+    events = profiler.events() or ()
+    if on_cuda:  # without the host's calls of the driver, which are recorded beside them
+        ran = [event for event in events if event.device_type == DeviceType.CUDA]
+    else:
+        ran = [event for event in events if event.cpu_parent is None]
+    return host, own_times(ran), seconds * 1e6
+
+
+def own_times(events: list[Any]) -> list[Span]:
+    """Kernels or operators without what they wait for the one before: dependent launches are there while it runs."""
+    spans, over = [], float("-inf")
+    for event in sorted(events, key=lambda event: event.time_range.end):
+        start, end = float(event.time_range.start), float(event.time_range.end)
+        spans.append(Span(kind_of(event.name), max(start, over), end))
+        over = end
+    return spans
 
 
 def busy(spans: list[Span]) -> float:
@@ -123,10 +134,10 @@ def summarise(host: list[Span], device: list[Span], wall: float, num_steps: int)
     """Microseconds a step of each part."""
     parts = {f"host: {kind}": busy([s for s in host if s.kind == kind]) for kind in HOST_COLOURS}
     kinds = {f"device: {kind}": busy([s for s in device if s.kind == kind]) for kind in COLOURS}
-    totals = {"step": wall, "device busy": busy(device), "device waits": wall - busy(device)}
-    return {name: round(value / num_steps, 1) for name, value in (totals | parts | kinds).items()} | {
-        "launches": round(len(device) / num_steps, 1)
-    }
+    totals = {"step, profiled": wall, "device busy": busy(device), "device waits": wall - busy(device)}
+    each = {name: round(value / num_steps, 1) for name, value in (totals | parts | kinds).items()}
+    share = 100 * kinds["device: attention"] / max(1e-9, busy(device))
+    return each | {"attention, % of busy": round(share, 1), "launches": round(len(device) / num_steps, 1)}
 
 
 def draw(host: list[Span], device: list[Span], title: str, path: Path) -> None:
@@ -154,7 +165,7 @@ def draw(host: list[Span], device: list[Span], title: str, path: Path) -> None:
 def fill(engine: Engine, num_sequences: int, prompt: int, num_steps: int, warm_up: int) -> None:
     """Add requests that outlast the profile, and run their prompts and some decode steps."""
     source = random.Random(0)
-    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=num_steps + 2 * warm_up + 8)
+    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=num_steps + 3 * warm_up + 8)
     for number in range(num_sequences):
         tokens = [source.randrange(1000) for _ in range(prompt)]
         engine.add(Request(str(number), tokens, params))
@@ -162,6 +173,14 @@ def fill(engine: Engine, num_sequences: int, prompt: int, num_steps: int, warm_u
         engine.step()
     for _ in range(warm_up):
         engine.step()
+
+
+def time_steps(engine: Engine, num_steps: int) -> float:
+    """Microseconds of a step without a profiler, which slows the host down."""
+    started = time.perf_counter()
+    for _ in range(num_steps):
+        engine.step()
+    return 1e6 * (time.perf_counter() - started) / num_steps
 
 
 def value_of(text: str) -> Any:
@@ -192,8 +211,9 @@ def main() -> None:
     settings = {name: value_of(text) for name, text in given.items()}
     engine = build_engine(EngineConfig.from_flat({"model": options.model, **settings}))
     fill(engine, options.sequences, options.prompt, options.steps, options.warm_up)
+    plain = time_steps(engine, options.warm_up)
     host, device, wall = record(engine, options.steps)
-    found = summarise(host, device, wall, options.steps)
+    found = {"step": round(plain, 1)} | summarise(host, device, wall, options.steps)
     title = (
         f"{engine.info.model} {engine.info.dtype}, {options.sequences} sequences, {engine.info.device} {given or ''}"
     )

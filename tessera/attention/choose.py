@@ -36,8 +36,9 @@ AUTO = {
     Phase.VISION: ("flash_attn:4", "torch_sdpa", "triton", "naive"),
 }
 """What auto tries in each phase where it may not measure, best first; where it may, what it prefers of equals."""
-_LAST = ("flex", "naive")
-"""Who is set up to be timed after all others: seldom the fastest on a GPU, and `flex` compiles for seconds."""
+_LAST_RESORTS = {"cuda": ("flex", "naive"), "cpu": ()}
+"""Who is timed only where nobody else can serve: on a GPU `flex` compiles for seven seconds, and on an H200 neither
+came within twice the time of the fastest in any size of any model that was measured."""
 _PAGED = (Phase.PREFILL, Phase.DECODE)
 
 
@@ -215,9 +216,9 @@ def _measured(
     key = cache.make_key(phase, layers, buckets)
     found = cache.read(key) if mode == "cached" else None
     if found and _still_holds(phase, found, shapes):
-        return _as_choice(phase, found, "auto: measured before"), []
+        return found.as_choice(phase, "auto: measured before"), []
     measured = _time(phase, layers, buckets)
-    choice = _as_choice(phase, measured, "auto: measured")
+    choice = measured.as_choice(phase, "auto: measured")
     lines = "\n".join(table_lines(choice))
     logger.debug("%s attention was measured in %.1f s\n%s", phase, time.perf_counter() - started, lines)
     return choice, [(key, measured)]
@@ -227,15 +228,23 @@ def _time(phase: Phase, layers: Mapping[Shape, int], buckets: Sequence[Bucket]) 
     """Time every backend that auto may take; BackendError where none answers right."""
     shapes = list(layers)
     preference = dict.fromkeys([*AUTO[phase], *BACKENDS, *plug_ins()])
-    usable, rejected = _candidates(phase, sorted(preference, key=lambda name: name in _LAST), shapes)
+    usable, rejected = _candidates(phase, list(preference), shapes)
     waiting = [name for name in rejected if not reasons_against(name, phase, shapes) and _costs(name, phase, shapes)]
     smallest = min(buckets, key=lambda bucket: bucket.num_seqs * bucket.kv_len)
     for name in [name for name in usable if name not in BACKENDS]:
         if problems := _unproven(name, phase, shapes, smallest):
             usable.remove(name)
             rejected[name] = problems
-    logger.info("measuring %s attention: %s", phase, ", ".join(usable))
-    measured = measure(phase, [load_checked(name) for name in usable], layers, buckets)
+    last = [name for name in usable if name in _LAST_RESORTS[shapes[0].device_type]]
+    first = [name for name in usable if name not in last]
+    measured = Measured([])
+    for names in filter(None, (first, last)):
+        if measured.buckets:
+            rejected |= {name: ["not timed: a last resort here, and others can serve"] for name in names}
+            break
+        rejected |= measured.rejected
+        logger.info("measuring %s attention: %s", phase, ", ".join(names))
+        measured = measure(phase, [load_checked(name) for name in names], layers, buckets)
     if not measured.buckets:
         lines = "\n".join(f"{name}: {'; '.join(why)}" for name, why in (measured.rejected | rejected).items())
         raise BackendError(f"no attention backend passes for {phase}\n{lines}", f"name one with --{phase}-attention")
@@ -247,14 +256,6 @@ def _still_holds(phase: Phase, found: Measured, shapes: Sequence[Shape]) -> bool
     names, known = {bucket.backend for bucket in found.buckets}, backend_paths()
     serve = all(name in known and not reasons_against(name, phase, shapes) for name in names)
     return serve and all(name in known and _costs(name, phase, shapes) for name in found.waiting)
-
-
-def _as_choice(phase: Phase, measured: Measured, reason: str) -> AttentionChoice:
-    wins = Counter(bucket.backend for bucket in measured.buckets)
-    most = wins.most_common(1)[0][0]
-    if all(len(bucket.times_ms) == 1 for bucket in measured.buckets):
-        reason = "auto: the only one it may take here"
-    return AttentionChoice(str(phase), most, reason, measured.rejected, measured.buckets)
 
 
 def table_lines(choice: AttentionChoice) -> list[str]:

@@ -7,6 +7,7 @@ write that fills its cache, and decoding as a CUDA graph where a backend allows 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from tessera.attention.selftest import self_test_problem
 from tessera.attention.step import Bucket
 from tessera.attention.timing import Inputs, make_inputs, time_call
 from tessera.log import logger
-from tessera.types import AttentionBucket
+from tessera.types import AttentionBucket, AttentionChoice
 
 BUCKETS = {
     ("cuda", Phase.DECODE): [Bucket(n, 1, kv) for kv in (4096, 512, 16384) for n in (64, 1, 256, 8)],
@@ -38,7 +39,7 @@ BUCKETS = {
 SETUP_SECONDS = {"cpu": 20.0, "cuda": 8.0}
 """No further candidate of a phase is set up, tested and compiled after so long, those of the fixed order before the
 others: far more than all of them take where their kernels are on disk."""
-TIMING_SECONDS = {"cpu": 1.0, "cuda": 4.0}
+TIMING_SECONDS = {"cpu": 1.0, "cuda": 5.0}
 """No further size is timed after so long; what is begun is finished, for a few calls of some and many of others would
 let chance decide."""
 HOPELESS = 20
@@ -60,6 +61,13 @@ class Measured:
     """Of every backend that serves no bucket, why."""
     waiting: list[str] = field(default_factory=list)
     """Those that were left out because they must be compiled first: once that is done they are to be timed."""
+
+    def as_choice(self, phase: Phase, reason: str) -> AttentionChoice:
+        """The choice that follows: the backend that wins most sizes, and each size's own."""
+        most = Counter(bucket.backend for bucket in self.buckets).most_common(1)[0][0]
+        if all(len(bucket.times_ms) == 1 for bucket in self.buckets):
+            reason = "auto: the only one it may take here"
+        return AttentionChoice(str(phase), most, reason, self.rejected, self.buckets)
 
 
 def buckets_for(phase: Phase, device_type: str, max_len: int | None) -> list[Bucket]:

@@ -70,6 +70,21 @@ def attend_tokens(
 
 
 @triton.jit
+def begin_sums(
+    sinks: tl.tensor, head: tl.tensor, real: tl.tensor, first: tl.tensor, ROWS: tl.constexpr, SINKS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Peak and total of no score yet, [ROWS] each; in the first split a sink is one score already."""
+    peak = tl.full([ROWS], -1.0e30, tl.float32)  # not -inf: the difference of two would be NaN
+    total = tl.zeros([ROWS], tl.float32)
+    if SINKS:  # noqa: SIM102 -- known when compiled, the other is not
+        if first:
+            sink = tl.load(sinks + head, mask=real, other=0.0) * 1.4426950408889634
+            peak = tl.maximum(peak, sink)  # one of -inf has no weight
+            total += 1.0
+    return peak, total
+
+
+@triton.jit
 def prefetch_tokens(
     k: tl.tensor, v: tl.tensor, table_row: tl.tensor, start: tl.tensor, end: tl.tensor, k_stride: tl.tensor,
     v_stride: tl.tensor, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -122,13 +137,7 @@ def paged_decode_kernel(
     query, head = (first_row + row) // GROUP, kv_head * GROUP + (first_row + row) % GROUP
     q_rows = query.to(tl.int64) * q_stride + head * Q_HEAD_STRIDE
     q_tile = load_part(q + begin * q_stride, q_rows, row < num_rows, 0, HEAD_PAD, HEAD_DIM, True)
-    peak = tl.full([ROWS], -1.0e30, tl.float32)  # not -inf: the difference of two would be NaN
-    total = tl.zeros([ROWS], tl.float32)
-    if SINKS:  # noqa: SIM102 -- known when compiled, the other is not
-        if split == 0:  # a sink is one score more, which one split alone may count
-            sink = tl.load(sinks + head, mask=row < num_rows, other=0.0) * 1.4426950408889634
-            peak = tl.maximum(peak, sink)  # one of -inf has no weight
-            total += 1.0
+    peak, total = begin_sums(sinks, head, row < num_rows, split == 0, ROWS, SINKS)
     acc, peak, total = attend_tokens(
         q_tile, k + kv_head * K_HEAD_STRIDE, v + kv_head * V_HEAD_STRIDE, page_table + seq * table_stride,
         start, tl.minimum(start + size, kv_len), kv_len - q_len + query, peak, total, scale_log2, cap_log2,

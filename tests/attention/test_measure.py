@@ -139,15 +139,14 @@ def test_a_step_goes_to_the_nearest_size(monkeypatch: pytest.MonkeyPatch) -> Non
     assert planned == ["slow"]
 
 
-def test_who_compiles_for_seconds_is_set_up_after_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    orders: list[list[str]] = []
-
-    def noted(phase: Phase, candidates: list[type[AttentionBackend[Any]]], *arguments: Any) -> Measured:
-        orders.append([candidate.name for candidate in candidates])
-        return measure.measure(phase, candidates, *arguments)
-
-    monkeypatch.setattr(choosing, "measure", noted)
-    build(attention_measure="force")
-    monkeypatch.setattr(choosing, "_LAST", ("slow",))
-    build(attention_measure="force")
-    assert [order.index("slow") < order.index("fast") for order in orders] == [True, True, False, False]
+def test_a_last_resort_is_timed_where_nobody_else_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "_LAST_RESORTS", {"cpu": ("fast",)})
+    for choice in build(attention_measure="force")[1].values():
+        assert choice.backend == "slow"
+        assert choice.rejected["fast"] == ["not timed: a last resort here, and others can serve"]
+    monkeypatch.setattr(choosing, "AUTO", dict.fromkeys(Phase, ("wrong", "fast")))
+    for module in (registry, choosing, cache):
+        monkeypatch.delitem(module.BACKENDS, "slow", raising=False)
+    for choice in build(attention_measure="force")[1].values():
+        assert choice.backend == "fast"
+        assert choice.rejected["wrong"][0].startswith("fails its self-test")

@@ -122,7 +122,7 @@ def test_splits_follow_what_was_tuned_for_as_many_sequences() -> None:
     plan = Triton(Phase.DECODE, case.shape).plan(case.batch)
     assert isinstance(untouched, DecodePlan) and isinstance(plan, DecodePlan)
     assert untouched.options != SPLITS == plan.options
-    assert plan.shares.min_split == 32 and plan.shares.num_splits > 1
+    assert plan.shares.min_split == 16 and plan.shares.num_splits > 1  # one block: multiprocessors would idle
 
 
 @needs_kernels

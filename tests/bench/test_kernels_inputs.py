@@ -44,14 +44,15 @@ def test_what_is_checked_of_a_large_case_is_what_the_oracle_says_of_the_whole(
         (Phase.DECODE, "engine", "cuda", True),
         (Phase.PREFILL, "engine", "cuda", False),
         (Phase.DECODE, "eager", "cuda", False),
-        (Phase.PREFILL, "graph", "cuda", False),  # triton's limits allow none there
+        (Phase.PREFILL, "graph", "cuda", True),  # where it is asked for
+        (Phase.VISION, "graph", "cuda", False),  # triton's limits allow none there
         (Phase.DECODE, "engine", "cpu", False),
     ],
 )
 def test_graphs_are_for_decoding_as_in_the_engine(phase: Phase, mode: str, device: str, graph: bool) -> None:
     triton = registry.class_of("triton")
     assert triton is not None
-    part = Part(phase, parse_workload("q8" if phase is Phase.PREFILL else "q1s8"))
+    part = Part(phase, parse_workload("q1s8" if phase is Phase.DECODE else "q8"))
     assert uses_graph(triton, part, mode, device) == graph
 
 

@@ -60,8 +60,8 @@ def test_the_help_offers_no_flag_that_is_refused(command: str, capsys: pytest.Ca
 def test_the_help_has_the_benchmarks_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     shown = _help("offline", capsys)
     assert "(default: False, for every pass has the same prompts)" in shown
-    assert "in tokens. (default: what the workload takes)" in shown
-    assert "(default: 256, or the workload's prompts where they are fewer)" in shown
+    assert "in tokens. (default: what the longest workload takes)" in shown
+    assert "(default: 256, or the prompts of the largest workload where they are fewer)" in shown
     assert "(default: True)" in _help("online", capsys).partition("--enable-prefix-caching, ")[2][:200]
 
 
