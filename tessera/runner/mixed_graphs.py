@@ -21,7 +21,7 @@ from tessera.model.language_model import LanguageModel
 from tessera.runner.graphs import PADDING_SLOT
 from tessera.runner.inputs import HostInputs, LastSampled
 from tessera.runner.mixed_inputs import MixedInputs, MixedLimits, MixedSize, padded, spans
-from tessera.runner.parameters import is_plain
+from tessera.runner.parameters import SamplingRows
 from tessera.runner.sampler import Sampled, Sampler
 from tessera.runner.transfer import HostCopy
 from tessera.step import Step
@@ -65,6 +65,7 @@ class MixedGraphs:
         self._decode_starts = torch.arange(most + 1, dtype=torch.int32, device=device)
         self._graphs: dict[tuple[MixedSize, Backends, Backends], _Graph] = {}
         self._memory: Any = torch.cuda.graph_pool_handle()
+        self._sampling = SamplingRows.of([])
 
     def serves(self, step: Step, host: HostInputs) -> bool:
         """Whether a step has prompts, is small enough, and attended to by backends that a graph may record."""
@@ -84,13 +85,16 @@ class MixedGraphs:
         graph = self._graph(size, *self._serving(host))
         if last is not None and last.token_ids.data_ptr() != self._sampled.data_ptr():
             self._sampled[: len(last.token_ids)].copy_(last.token_ids)
-        graph.inputs.write(padded(host, size, step, self._limits.graphs.page_size))
+        num_tokens = step.kv_lens[step.samples]
+        self._sampling = self._sampling.following(step.sampling)
+        parameters = self._sampling.parameters(num_tokens)
+        graph.inputs.write(padded(host, size, parameters, self._limits.graphs.page_size))
         graph.attend.update(*(batch for _, batch in self._batches(graph.inputs, host).values()))
         graph.graph.replay()
         count = len(step.sampling)
         if not count:
             return HostCopy([graph.hidden[:1, :1]])
-        if all(is_plain(sequence) for sequence in step.sampling):
+        if self._sampling.all_plain(num_tokens):
             return Sampled(self._sampled[:count], step.sampling)
         logits = self._model.logits(graph.hidden[:count])  # a second time, for those who ask more than the token
         sampled = self._sampler.sample(logits, step.sampling)

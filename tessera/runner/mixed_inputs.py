@@ -18,8 +18,6 @@ from torch import Tensor
 
 from tessera.runner.graphs import PADDING_SLOT, GraphLimits
 from tessera.runner.inputs import HostInputs
-from tessera.runner.parameters import parameters
-from tessera.step import Step
 
 DECODES = (0, 16, 64, 256)
 """Numbers of decodes that are recorded, before the most that there can be: what is padding costs little."""
@@ -159,8 +157,13 @@ def layout(size: MixedSize, page_size: int) -> dict[str, tuple[np.dtype[Any], tu
     }
 
 
-def padded(host: HostInputs, size: MixedSize, step: Step, page_size: int) -> dict[str, NDArray[Any]]:
-    """The arrays of a step, padded to a size that takes it."""
+def padded(
+    host: HostInputs, size: MixedSize, parameters: NDArray[np.float64], page_size: int
+) -> dict[str, NDArray[Any]]:
+    """The arrays of a step, padded to a size that takes it.
+
+    parameters  of the rows that are sampled: see runner.parameters
+    """
     arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in layout(size, page_size).items()}
     arrays["sources"][:], arrays["slots"][:] = -1, PADDING_SLOT
     count, num_tokens = int((host.q_lens == 1).sum()), len(host.token_ids)
@@ -172,7 +175,7 @@ def padded(host: HostInputs, size: MixedSize, step: Step, page_size: int) -> dic
     ends = np.cumsum(host.q_lens)
     rows = to[ends[host.samples] - 1]
     arrays["sampling_rows"][: len(rows)] = rows
-    arrays["parameters"][: len(rows)] = parameters(step.sampling)
+    arrays["parameters"][: len(rows)] = parameters
     arrays["decode_lens"][:count] = host.kv_lens[:count]
     arrays["prompt_lens"][:prompts] = host.kv_lens[count:]
     arrays["cu_q_lens"][1 : prompts + 1] = ends[count:] - count

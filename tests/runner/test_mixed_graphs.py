@@ -14,6 +14,7 @@ from tessera.attention.contract import Phase
 from tessera.runner.graphs import PADDING_SLOT, GraphLimits
 from tessera.runner.inputs import InputBuilder
 from tessera.runner.mixed_inputs import MixedInputs, MixedLimits, MixedSize, padded, spans
+from tessera.runner.parameters import SamplingRows, parameters
 from tessera.step import Step
 from tessera.types import Sequence
 from test_graphs import make_engine, needs_cuda, run
@@ -46,7 +47,9 @@ def test_a_step_is_written_as_it_is_and_the_rest_is_padding() -> None:
     assert size == MixedSize(16, 128, 4, 512)
     storage = torch.full((spans(size, PAGE_SIZE)[-1].end,), 77, dtype=torch.uint8)
     inputs = MixedInputs(size, PAGE_SIZE, storage)
-    inputs.write(padded(host, size, step(), PAGE_SIZE))
+    inputs.write(padded(host, size, parameters(step().sampling), PAGE_SIZE))
+    assert inputs["parameters"][:4].tolist() == parameters(step().sampling).tolist()
+    assert not inputs["parameters"][4:].any()
     real = [0, 1, *range(16, 16 + 77)]
     expected = builder.build(step())
     for name in ("token_ids", "positions", "slots"):
@@ -63,6 +66,11 @@ def test_a_step_is_written_as_it_is_and_the_rest_is_padding() -> None:
         count, width = batch.page_table.shape
         assert inputs[name][:count, :width].tolist() == batch.page_table.tolist()
         assert not inputs[name][count:].any()
+
+
+def test_a_step_that_samples_nothing_has_no_parameters() -> None:
+    rows = SamplingRows.of([]).following([sequence(1, 3, 1)]).following([])
+    assert rows.parameters(np.zeros(0, np.int64)).shape == (0, 5) and rows.all_plain(np.zeros(0, np.int64))
 
 
 @pytest.mark.parametrize(
