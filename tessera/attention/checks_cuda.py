@@ -23,6 +23,7 @@ REPLAYS = {
     Phase.PREFILL: (
         Workload(((16, 16), (16, 300), (16, 17), (16, 100))),
         Workload(((10, 40), (16, 16), (3, 200), (0, 0))),
+        Workload(((3, 30), (61, 200), (0, 0), (0, 0))),
     ),
     Phase.DECODE: (
         Workload(((1, 1), (1, 17), (1, 700), (1, 64), (1, 65), (1, 300))),
@@ -59,7 +60,8 @@ def replay_problems(subject: Subject, window: int | None, capture: Capture) -> P
     """What a recorded `run` answers wrongly for lengths other than the captured ones."""
     static = subject.case(replace(LARGEST[subject.phase], window=window))
     bound = subject.backend(subject.phase, static.shape)
-    plan = bound.plan_capture(static.batch)
+    most = sum(static.batch.q_lens_cpu) if subject.phase is Phase.PREFILL else static.batch.max_q_len
+    plan = bound.plan_capture(replace(static.batch, max_q_len=most))
     graph, out = capture(bound, plan, static)
     for number, asked in enumerate(REPLAYS[subject.phase], 1):
         case = _load(static, subject.case(replace(asked, window=window)))

@@ -245,8 +245,9 @@ class AttentionBackend(ABC, Generic[Plan]):
     def plan_capture(self, batch: Batch) -> Plan:
         """A plan for `run` to be recorded with in a CUDA graph: it stays valid for every later replay.
 
-        `batch` has the largest lengths that will ever be replayed. Only backends whose limits say `graphs`
-        are asked.
+        `batch` has as many sequences and new tokens as will ever be replayed, and the longest `max_q_len` and
+        `max_kv_len`; how the tokens are shared out among its sequences is one way of many, in PREFILL. Only backends
+        whose limits say `graphs` are asked.
         """
         return self.plan(batch)
 

@@ -66,7 +66,7 @@ class Measured:
         """The choice that follows: the backend that wins most sizes, and each size's own."""
         most = Counter(bucket.backend for bucket in self.buckets).most_common(1)[0][0]
         if all(len(bucket.times_ms) == 1 for bucket in self.buckets):
-            reason = "auto: the only one it may take here"
+            reason = "auto: no other is timed here"
         return AttentionChoice(str(phase), most, reason, self.rejected, self.buckets)
 
 

@@ -79,7 +79,8 @@ def _billed(event: Any, claimed: Sequence[str]) -> str:
 def _device_times(events: Iterable[Any]) -> Iterator[tuple[Any, float]]:
     """Each event with its microseconds, without those in which it waited for the one before it.
 
-    A kernel that is launched dependently is on the device while the kernel before it is still at work.
+    A kernel that is launched dependently is on the device while the kernel before it is still at work. Kernels of one
+    stream end as they begin; beside a second stream times are those in which no earlier one ends.
     """
     over = 0.0
     for event in sorted(events, key=lambda event: event.time_range.end):

@@ -9,7 +9,8 @@ The rule, for every kernel that is launched so:
    kernel of ours writes in this step: activations, the pages of new tokens, workspaces, its own output.
 2. Before, it may read weights, and what the step was given: lengths, slots, page tables, rotations, and the keys and
    values of tokens of earlier steps. All of that was written before the last kernel of this step that is launched as
-   usual, the embedding or the rotations, and none of ours starts before that one is over. Who makes such things and
+   usual, the embedding or the rotations, and none of ours starts before that one is over; the first kernel of ours
+   behind it reads weights alone. Who makes such things and
    launches kernels of ours at once, as a test may, has one launched as usual in between, or synchronises.
 3. It lets the next kernel start as soon as it can (`let_next_start`), at the latest where it waits.
 

@@ -22,6 +22,7 @@ from tessera.config import EngineConfig
 from tessera.errors import CapacityError, ConfigError
 from tessera.log import logger
 from tessera.model.language_model import LanguageModel
+from tessera.model.layers.embedding import Head
 from tessera.model.layers.linear import Linear
 from tessera.model.registry import load_model, num_weight_bytes
 from tessera.model.source import ModelSource
@@ -129,12 +130,16 @@ class Executor:
         graphs = GraphLimits(self._config.scheduler.max_num_seqs, max_model_len, page_size, num_pages)
         limits = self._mixed_limits(model, graphs)
         said = {Phase.DECODE: f"not in CUDA graphs everywhere: {', '.join(refused)}" if refused else "in CUDA graphs"}
-        if any(not attention.graphs_refused(Phase.PREFILL, each) for each in attention.bound(Phase.PREFILL)):
-            said[Phase.PREFILL] = f"in CUDA graphs where it allows them, up to {limits.most_tokens} tokens a step"
+        of_prompts = [attention.graphs_refused(Phase.PREFILL, each) for each in attention.bound(Phase.PREFILL)]
+        launched = list(dict.fromkeys(reason for reasons in of_prompts for reason in reasons))
+        said[Phase.PREFILL] = f"in CUDA graphs up to {limits.most_tokens} tokens a step"
+        if launched:
+            said[Phase.PREFILL] = f"not in CUDA graphs everywhere: {', '.join(launched)}"
         return limits, said
 
     def _mixed_limits(self, model: LanguageModel, graphs: GraphLimits) -> MixedLimits:
-        num_weights = sum(each.weight.numel() for each in model.modules() if isinstance(each, Linear))
+        products = [each for each in model.modules() if isinstance(each, Linear) and not isinstance(each, Head)]
+        num_weights = sum(product.weight.numel() for product in products)
         return MixedLimits.worth(graphs, self._config.scheduler.resolve_budget(self._device.type), num_weights)
 
     def _choose_attention(self) -> tuple[Attention, int, list[AttentionChoice]]:
@@ -211,16 +216,18 @@ class Executor:
         activations = torch.cuda.max_memory_allocated(self._device) - before
         torch.cuda.empty_cache()
         taken = total - memory.free_memory_bytes(self._device)
-        return int(total * cache.gpu_memory_utilization) - taken - activations - self._graph_bytes(model)
+        return int(total * cache.gpu_memory_utilization) - taken - activations - self._graph_bytes(model, page_size)
 
-    def _graph_bytes(self, model: LanguageModel) -> int:
+    def _graph_bytes(self, model: LanguageModel, page_size: int) -> int:
         """What graphs share: the logits and a layer's activations of the largest of them, apart for each kind."""
         if self._config.device.cuda_graphs is False:
             return 0
         spec, size, most = self._spec, self._dtype.itemsize, self._config.scheduler.max_num_seqs
         layer = size * (8 * spec.hidden_size + 3 * spec.intermediate_size)
-        tokens = self._mixed_limits(model, GraphLimits(most, 1, 1, 1)).most_tokens
-        return 3 * most * 4 * spec.vocab_size + (2 * most + tokens) * layer
+        longest = self._config.model.max_model_len or spec.max_position
+        limits = self._mixed_limits(model, GraphLimits(most, min(longest, spec.max_position), page_size, 1))
+        inputs = limits.num_bytes + 4 * most * -(-limits.graphs.max_model_len // page_size)
+        return 3 * most * 4 * spec.vocab_size + (2 * most + limits.most_tokens) * layer + inputs
 
     def _run_largest_step(self, model: LanguageModel, attention: Attention, page_size: int, max_tokens: int) -> None:
         """Run a step as large as any will be, with sampling, over one layer's worth of scratch pages."""

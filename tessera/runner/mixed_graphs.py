@@ -20,7 +20,7 @@ from tessera.log import logger
 from tessera.model.language_model import LanguageModel
 from tessera.runner.graphs import PADDING_SLOT
 from tessera.runner.inputs import HostInputs, LastSampled
-from tessera.runner.mixed_inputs import MixedInputs, MixedLimits, MixedSize, padded, spans
+from tessera.runner.mixed_inputs import MixedInputs, MixedLimits, MixedSize, padded
 from tessera.runner.parameters import SamplingRows
 from tessera.runner.sampler import Sampled, Sampler
 from tessera.runner.transfer import HostCopy
@@ -59,8 +59,7 @@ class MixedGraphs:
         self._limits = limits
         graphs, device = limits.graphs, pools[0][0].device
         most = graphs.max_num_seqs
-        largest = MixedSize(most, limits.most_tokens, most, graphs.max_model_len)
-        self._storage = torch.zeros(spans(largest, graphs.page_size)[-1].end, dtype=torch.uint8, device=device)
+        self._storage = torch.zeros(limits.num_bytes, dtype=torch.uint8, device=device)
         self._sampled = torch.zeros(2 * most, dtype=torch.int64, device=device)
         self._decode_starts = torch.arange(most + 1, dtype=torch.int32, device=device)
         self._graphs: dict[tuple[MixedSize, Backends, Backends], _Graph] = {}
@@ -162,20 +161,23 @@ class MixedGraphs:
         batches: dict[Phase, tuple[slice, Batch]] = {}
         if size.decodes:
             of_decodes = (self._decode_starts[: size.decodes + 1], inputs["decode_lens"], inputs["decode_table"])
-            batches[Phase.DECODE] = slice(0, size.decodes), self._batch([1] * size.decodes, decode_lens, *of_decodes)
+            batches[Phase.DECODE] = slice(0, size.decodes), self._batch([1] * size.decodes, 1, decode_lens, *of_decodes)
         of_prompts = (inputs["cu_q_lens"], inputs["prompt_lens"], inputs["prompt_table"])
         tokens = slice(size.decodes, size.decodes + size.tokens)
-        batches[Phase.PREFILL] = tokens, self._batch(q_lens, prompt_lens, *of_prompts)
+        max_q_len = size.tokens if host is None else max(q_lens)  # one prompt may have all the tokens
+        batches[Phase.PREFILL] = tokens, self._batch(q_lens, max_q_len, prompt_lens, *of_prompts)
         return batches
 
-    def _batch(self, q_lens: list[int], kv_lens: list[int], starts: Tensor, lens: Tensor, table: Tensor) -> Batch:
+    def _batch(
+        self, q_lens: list[int], max_q_len: int, kv_lens: list[int], starts: Tensor, lens: Tensor, table: Tensor
+    ) -> Batch:
         return Batch(
             q_lens_cpu=q_lens,
             kv_lens_cpu=kv_lens,
             cu_q_lens=starts,
             kv_lens=lens,
             page_table=table,
-            max_q_len=max(q_lens),
+            max_q_len=max_q_len,
             max_kv_len=max(kv_lens),
             num_pages=self._limits.graphs.num_pages,
         )

@@ -19,15 +19,18 @@ from torch import Tensor
 from tessera.runner.graphs import PADDING_SLOT, GraphLimits
 from tessera.runner.inputs import HostInputs
 
-DECODES = (0, 16, 64, 256)
-"""Numbers of decodes that are recorded, before the most that there can be: what is padding costs little."""
+DECODES = (0, 16, 64, 128, 256)
+"""Numbers of decodes that are recorded, before the most that there can be."""
 FEWEST_TOKENS = 64
 """Of prompts; every power of two from here on is recorded."""
 TOKENS_PER_PROMPT = 32
 """A graph of so many times as many tokens takes one more prompt."""
 FEWEST_PROMPTS = 4
 WORTH_LAUNCHING = 6e12
-"""Operations of a step's products from which on the device takes longer than the host takes to launch the step."""
+"""Operations of a step's products, padding included, from which on the device takes longer than the host takes to
+launch the step."""
+MOST_TABLE_BYTES = 2**20
+"""Of page tables that go over with a step: a tenth of a millisecond. Longer sequences are launched."""
 _ALIGNMENT = 256
 _DTYPES = {np.dtype(np.int32): torch.int32, np.dtype(np.int64): torch.int64, np.dtype(np.float64): torch.float64}
 
@@ -61,14 +64,16 @@ class MixedLimits:
     graphs: GraphLimits
     most_tokens: int
     """Of prompts in a step."""
+    most_rows: int
+    """Tokens of a padded step, decodes included."""
 
     @classmethod
     def worth(cls, graphs: GraphLimits, max_num_batched_tokens: int, num_weights: int) -> MixedLimits:
-        """For a model of so many weights that are multiplied by, embeddings left out."""
+        """For a model of so many weights that each token is multiplied by."""
         tokens = FEWEST_TOKENS
         while tokens < max_num_batched_tokens and 2 * num_weights * 2 * tokens <= WORTH_LAUNCHING:
             tokens *= 2
-        return cls(graphs, tokens)
+        return cls(graphs, tokens, int(WORTH_LAUNCHING / (2 * max(1, num_weights))))
 
     def size(self, decodes: int, tokens: int, prompts: int, kv_len: int) -> MixedSize | None:
         """The least recorded size that takes such a step; None where none does."""
@@ -78,9 +83,21 @@ class MixedLimits:
         while padded <= self.most_tokens:
             room = min(most, max(FEWEST_PROMPTS, padded // TOKENS_PER_PROMPT))
             if tokens <= padded and prompts <= room:
-                return MixedSize(rows, padded, room, self.graphs.longest(kv_len)) if decodes <= rows else None
+                size = MixedSize(rows, padded, room, self.graphs.longest(kv_len))
+                return size if decodes <= rows and self._is_worth(size) else None
             padded *= 2
         return None
+
+    def _is_worth(self, size: MixedSize) -> bool:
+        pages = -(-size.longest // self.graphs.page_size)
+        return size.decodes + size.tokens <= self.most_rows and 4 * size.sampling * pages <= MOST_TABLE_BYTES
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the memory that the arrays of any recorded size fit into."""
+        most = self.graphs.max_num_seqs
+        largest = MixedSize(most, self.most_tokens, most, self.graphs.page_size)
+        return spans(largest, self.graphs.page_size)[-1].end + MOST_TABLE_BYTES
 
 
 class MixedInputs:

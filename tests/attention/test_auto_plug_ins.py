@@ -165,7 +165,7 @@ def test_two_plug_ins_of_one_name_are_a_reason_too(monkeypatch: pytest.MonkeyPat
 def test_a_model_that_only_a_plug_in_can_serve_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, huge_heads=f"{__name__}:HugeHeads")
     choice = build(shape=replace(SHAPE, head_dim=2048))["decode"]
-    assert (choice.backend, choice.reason) == ("huge_heads", "auto: the only one it may take here")
+    assert (choice.backend, choice.reason) == ("huge_heads", "auto: no other is timed here")
 
 
 @dataclass(frozen=True)

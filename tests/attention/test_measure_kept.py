@@ -128,5 +128,5 @@ def test_a_kept_winner_that_can_no_longer_serve_is_measured_anew(
     build()
     monkeypatch.setattr(Fast, "needs", ("no_such_module",))
     choice = build()[1]["decode"]
-    assert (choice.backend, choice.reason) == ("slow", "auto: the only one it may take here")
+    assert (choice.backend, choice.reason) == ("slow", "auto: no other is timed here")
     assert len(timed) == 4

@@ -20,7 +20,7 @@ from tessera.types import Sequence
 from test_graphs import make_engine, needs_cuda, run
 
 PAGE_SIZE = 16
-LIMITS = MixedLimits(GraphLimits(max_num_seqs=40, max_model_len=1000, page_size=PAGE_SIZE, num_pages=500), 256)
+LIMITS = MixedLimits(GraphLimits(max_num_seqs=40, max_model_len=1000, page_size=PAGE_SIZE, num_pages=500), 256, 10_000)
 
 
 def sequence(number: int, computed: int, new: int, unknown: int = 0) -> Sequence:
@@ -85,6 +85,15 @@ def test_a_step_that_samples_nothing_has_no_parameters() -> None:
 )
 def test_the_least_size_that_takes_a_step_is_its_size(step: tuple[int, int, int, int], size: MixedSize | None) -> None:
     assert LIMITS.size(*step) == size
+
+
+def test_steps_whose_padding_or_page_tables_cost_more_than_launching_are_launched() -> None:
+    limits = MixedLimits(GraphLimits(1024, 131072, PAGE_SIZE, 99999), 256, 1000)
+    assert limits.size(100, 20, 1, 500) == MixedSize(128, 64, 4, 512)
+    assert limits.size(300, 20, 1, 500) is None  # 1024 rows, of which 720 are padding
+    assert limits.size(100, 20, 1, 33000) is None  # 132 rows of 8,192 pages
+    for size in (limits.size(100, 20, 1, 500), limits.size(0, 256, 8, 8000)):
+        assert size is not None and spans(size, PAGE_SIZE)[-1].end <= limits.num_bytes
 
 
 def test_prompts_that_take_the_device_longer_than_the_host_are_launched() -> None:

@@ -109,7 +109,7 @@ class Decode:
         return paged_decode(q, k, v, sinks, *where, shape.causal, scores, plan.options.arguments())
 
     def _choose_shares(self, options: Options, num_seqs: int, max_q_len: int, max_kv_len: int) -> Shares:
-        """As many programs as options aim for and there is memory for their parts, each of min_split tokens or more."""
+        """As many programs as options aim for and memory holds parts of, each of `_least_split` tokens or more."""
         from tessera.kernels.decode_shares import MOST_BALANCED, share_by_length, share_evenly
         from tessera.kernels.paged_decode import tile_rows
 

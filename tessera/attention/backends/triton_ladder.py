@@ -6,7 +6,7 @@ model's heads. They share tile sizes with FlashAttention-2, those that are shipp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
@@ -21,7 +21,8 @@ from tessera.kernels.scores import Scores
 if TYPE_CHECKING:
     from tessera.kernels.fa1 import State
 
-_LIMITS = {phase: Triton.limits[phase] for phase in (Phase.PREFILL, Phase.VISION)}
+_LIMITS = {phase: replace(Triton.limits[phase], graphs=False) for phase in (Phase.PREFILL, Phase.VISION)}
+"""No graph records them: a grid follows the longest prompt, or a state the tokens, of the step that it is made for."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Options:
     programs_per_sm: int = 0
     """DECODE: programs to aim for on a multiprocessor."""
     min_split: int = 0
-    """DECODE: fewest tokens a split."""
+    """DECODE: fewest tokens a split, unless multiprocessors would idle."""
     balanced_per_sm: int = 0
     """DECODE: programs to aim for where lengths decide how often a sequence is split; 0: all are split alike."""
 
