@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessera.attention.backends.triton import uses_hopper_kernel
+from tessera.attention.backends.triton import Triton, uses_hopper_kernel
 from tessera.attention.backends.triton_ladder import TritonFa1, TritonFa2, TritonTwoPass
 from tessera.attention.contract import AttentionBackend, Phase, Shape
 from tessera.attention.workloads import WORKLOADS, Workload, make_case
@@ -167,3 +167,9 @@ def test_it_compiles_for_hopper_into_tensor_core_products(name: str, head_dim: i
     known = {each: value for each, value in constants.items() if each in kernel.arg_names}
     ptx = compile_for_hopper(kernel, kinds, known, num_warps)
     assert "wgmma.mma_async" in ptx or "mma.sync" in ptx
+
+
+def test_rungs_whose_launch_follows_the_step_are_not_recorded() -> None:
+    """Their grid, or their state, is that of the step they were launched for: a graph would serve others wrongly."""
+    recorded = {rung.name: rung.limits[Phase.PREFILL].graphs for rung in (TritonTwoPass, TritonFa1, TritonFa2, Triton)}
+    assert recorded == {"triton:two_pass": False, "triton:fa1": False, "triton:fa2": False, "triton": True}
