@@ -142,10 +142,17 @@ print([outcome.code for outcome in run.run_stages([Stage("kernels", []), Stage("
 """
 
 
-def test_sigterm_ends_the_one_that_runs_and_leaves_no_folder_behind(tmp_path: Path) -> None:
-    """As `kill` and `timeout` send it, to the comparison alone."""
+@pytest.mark.parametrize("behind", [False, True])
+def test_sigterm_ends_the_one_that_runs_and_leaves_no_folder_behind(behind: bool, tmp_path: Path) -> None:
+    """As `kill` and `timeout` send it, to the comparison alone; what a shell runs with & ignores SIGINT itself."""
+
+    def begin() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN if behind else signal.SIG_DFL)
+
     words, began = [sys.executable, "-c", STAGES, STAGE, str(tmp_path)], time.monotonic()
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=begin
+    ) as process:
         while not any(path.is_dir() for path in tmp_path.iterdir()) and time.monotonic() < began + 30:
             time.sleep(0.02)
         time.sleep(0.3)  # until it sleeps: an interrupt within a callback of Python's own is lost

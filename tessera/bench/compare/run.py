@@ -67,7 +67,7 @@ def make_report(folder: Path, title: str) -> int:
 def _run(stage: Stage, folder: Path) -> Outcome:
     began = time.monotonic()
     with (folder / f"{stage.name}.txt").open("wb") as tables:
-        process = subprocess.Popen(_command([stage.name, *stage.arguments]), stdout=tables)
+        process = subprocess.Popen(_command([stage.name, *stage.arguments]), stdout=tables, preexec_fn=_hear_interrupts)
         try:
             code = process.wait()
         except KeyboardInterrupt as reason:
@@ -78,6 +78,11 @@ def _run(stage: Stage, folder: Path) -> Outcome:
         finally:
             process.kill()
     return Outcome(stage, code, time.monotonic() - began)
+
+
+def _hear_interrupts() -> None:
+    """In a stage's process before it begins: what a shell runs with & ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _let_end(process: subprocess.Popen[bytes]) -> None:
