@@ -114,16 +114,14 @@ def _compiled(
         launcher, few = _launch_few_rows, few_rows_tiles(num_rows, num_weight_rows, num_inputs)
         constants |= {"ROWS": few.rows, "TILE": few.tile, "CHUNK": few.chunk, "HELD": few.held}
         programs, num_warps = triton.cdiv(num_weight_rows, few.tile), few.num_warps
-    elif num_rows > MORE_ROWS:
-        launcher, many = _launch_many_rows, many_rows_tiles(num_rows, num_inputs, gated=parts[3])
-        constants |= {"ROWS": many.rows, "TILE": many.tile, "CHUNK": many.chunk}
-        constants |= {"STAGES": many.stages, "LINES": many.lines}
-        programs, num_warps = triton.cdiv(num_rows, many.rows) * triton.cdiv(num_weight_rows, many.tile), many.num_warps
     else:
         launcher, more = _launch_more_rows, more_rows_tiles(num_weight_rows, num_inputs, item_bytes)
+        if num_rows > MORE_ROWS:
+            launcher, more = _launch_many_rows, many_rows_tiles(num_rows, num_inputs, gated=parts[3])
         constants |= {"ROWS": more.rows, "TILE": more.tile, "CHUNK": more.chunk}
         constants |= {"STAGES": more.stages, "LINES": more.lines}
-        programs, num_warps = triton.cdiv(num_weight_rows, more.tile), more.num_warps
+        programs = triton.cdiv(num_rows, more.rows) * triton.cdiv(num_weight_rows, more.tile)
+        num_warps = more.num_warps
     launch = launcher.fixed(**constants, num_warps=num_warps, enable_fp_fusion=False, **launch_constants(pdl))
     return launch, programs
 

@@ -42,9 +42,10 @@ class FewRows(NamedTuple):
 
 
 class MoreRows(NamedTuple):
-    """How the kernel for up to sixteen rows is compiled."""
+    """How the kernels that use tensor cores are compiled, for up to sixteen rows and for more."""
 
     rows: int
+    """Of x a program."""
     tile: int
     """Rows of the weight a program."""
     chunk: int
@@ -101,23 +102,7 @@ def more_rows_tiles(num_weight_rows: int, num_inputs: int, item_bytes: int) -> M
     return MoreRows(MORE_ROWS, tile, chunk * 2 // item_bytes, stages, lines, num_warps)
 
 
-class ManyRows(NamedTuple):
-    """How the kernel for more than sixteen rows is compiled."""
-
-    rows: int
-    """Of x a program."""
-    tile: int
-    """Rows of the weight a program."""
-    chunk: int
-    """Inputs in one stage."""
-    stages: int
-    """Chunks in shared memory or on their way."""
-    lines: int
-    """Lines of 128 bytes of each row of the weight that are prefetched."""
-    num_warps: int
-
-
-def many_rows_tiles(num_rows: int, num_inputs: int, *, gated: bool) -> ManyRows:
+def many_rows_tiles(num_rows: int, num_inputs: int, *, gated: bool) -> MoreRows:
     """Tiles for 17 to 256 rows times a small weight, in half types: the winners of a search on an H200.
 
     | rows       | rows x tile | gated    |
@@ -134,4 +119,4 @@ def many_rows_tiles(num_rows: int, num_inputs: int, *, gated: bool) -> ManyRows:
         rows, tile = (64, 32) if num_rows <= 128 else (64, 64)
     chunk, stages = (64, 6) if num_inputs < 1024 or num_inputs % 128 else (128, 4)
     lines = min(1 << (-(-num_inputs // 64) - 1).bit_length(), PREFETCH_LINES // tile)
-    return ManyRows(rows, tile, chunk, stages, lines, 8 if rows * tile >= 128 * 64 else 4)
+    return MoreRows(rows, tile, chunk, stages, lines, 8 if rows * tile >= 128 * 64 else 4)

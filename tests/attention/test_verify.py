@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
-from torch import Tensor
 
+from fake_graph import capture_fake
 from mutants import (
     AcceptsAnything,
     ClaimsAnotherKernel,
@@ -42,9 +42,9 @@ from mutants import (
 from tessera.attention.backends.naive import Naive, NaivePart
 from tessera.attention.checks import NotClaimed, Subject
 from tessera.attention.checks_cuda import graph_replay, replay_problems
-from tessera.attention.contract import AttentionBackend, Batch, Limits, Phase
+from tessera.attention.contract import Batch, Limits, Phase
 from tessera.attention.verify import Check, Report, base_shape, verify
-from tessera.attention.workloads import WORKLOADS, Case
+from tessera.attention.workloads import WORKLOADS
 
 F32 = [torch.float32]
 
@@ -203,34 +203,14 @@ class Replays(Naive):
         plan[:] = self.plan(batch)
 
 
-class FakeGraph:
-    """What a CUDA graph does, on a CPU: the same call on the same tensors, into the same answer."""
-
-    def __init__(self, bound: AttentionBackend[Any], plan: Any, static: Case) -> None:
-        self.bound, self.plan, self.static = bound, plan, static
-        self.out = self.call()
-
-    def call(self) -> Tensor:
-        static = self.static
-        return self.bound.run(self.plan, static.q, static.k, static.v, static.sinks)
-
-    def replay(self) -> None:
-        answer = self.call()
-        self.out[: len(answer)] = answer
-
-
 REPLAYED = [(Phase.PREFILL, None), (Phase.PREFILL, 50), (Phase.DECODE, None), (Phase.DECODE, 50), (Phase.VISION, None)]
 
 
 @pytest.mark.parametrize(("phase", "window"), REPLAYED)
 def test_a_replay_with_other_lengths_and_padding_rows_must_answer_for_those(phase: Phase, window: int | None) -> None:
-    def capture(bound: AttentionBackend[Any], plan: Any, static: Case) -> tuple[FakeGraph, Tensor]:
-        graph = FakeGraph(bound, plan, static)
-        return graph, graph.out
-
     base = base_shape(Naive, phase, torch.float32, "cpu")
-    assert replay_problems(Subject(Replays, phase, base), window, capture) == []
-    (problem,) = replay_problems(Subject(Naive, phase, base), window, capture)
+    assert replay_problems(Subject(Replays, phase, base), window, capture_fake) == []
+    (problem,) = replay_problems(Subject(Naive, phase, base), window, capture_fake)
     assert " in replay 1, lengths " in problem
 
 

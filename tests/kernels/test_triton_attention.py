@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from fake_graph import capture_fake
 from tessera.attention.backends.triton import KERNELS, Triton
 from tessera.attention.backends.triton_choice import shipped
 from tessera.attention.backends.triton_options import LEAST_SHARED_MEMORY, Options
 from tessera.attention.backends.triton_tables import FALLBACK, KNOWN
 from tessera.attention.checks import Subject
 from tessera.attention.checks_cuda import graph_replay, replay_problems
-from tessera.attention.contract import AttentionBackend, Phase, Shape
+from tessera.attention.contract import Phase, Shape
 from tessera.attention.workloads import TOLERANCE, WORKLOADS, Case, Workload, make_batch, make_case
 from triton_interpreter import (
     DEVICE,
@@ -175,21 +175,6 @@ def test_a_sequence_has_the_same_bits_in_any_batch(phase: Phase) -> None:
     assert torch.equal(alone, both[:q_len])
 
 
-class CallAgain:
-    """What a CUDA graph does, where there is none: the same call on the same tensors, into the same answer."""
-
-    def __init__(self, bound: AttentionBackend[Any], plan: Any, static: Case) -> None:
-        self.bound, self.plan, self.static = bound, plan, static
-        self.out = self.call()
-
-    def call(self) -> Tensor:
-        static = self.static
-        return self.bound.run(self.plan, static.q, static.k, static.v, static.sinks)
-
-    def replay(self) -> None:
-        self.out.copy_(self.call())
-
-
 @needs_kernels
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
@@ -200,12 +185,7 @@ def test_a_recorded_prefill_answers_for_other_lengths(head_dim: int, window: int
     if DEVICE == "cuda":
         assert graph_replay(subject, window) == []
         return
-
-    def capture(*given: Any) -> tuple[CallAgain, Tensor]:
-        made = CallAgain(*given)
-        return made, made.out
-
-    assert replay_problems(subject, window, capture) == []
+    assert replay_problems(subject, window, capture_fake) == []
 
 
 @needs_kernels

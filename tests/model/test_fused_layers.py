@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -273,26 +272,6 @@ def test_nothing_is_fused_on_a_cpu() -> None:
     assert flags(model) == {False}
     shape = Shape(6, 2, 16, 0.25, torch.float32, "cpu", (0, 0), 16)
     assert not Attention({Phase.DECODE: [Naive(Phase.DECODE, shape)]}, [0]).fused
-
-
-@pytest.mark.parametrize(
-    ("capability", "problem", "expected"),
-    [((7, 5), None, False), ((8, 0), None, True), ((9, 0), None, True), ((9, 0), "no C compiler", False)],
-)
-def test_cuda_is_fused_where_a_kernel_has_run(
-    capability: tuple[int, int], problem: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(fused, "launch_problem", lambda _: problem)
-    assert fused.fused_on(torch.device("cuda")) is expected
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton may run here")
-def test_a_kernel_that_cannot_run_is_a_warning_that_says_why(caplog: pytest.LogCaptureFixture) -> None:
-    fused.launch_problem.cache_clear()
-    with caplog.at_level(logging.WARNING, "tessera"):
-        problem = fused.launch_problem(torch.device("cuda"))
-    assert problem and problem in caplog.text
 
 
 def test_a_norm_adds_before_it_norms() -> None:
