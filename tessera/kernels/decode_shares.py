@@ -32,6 +32,8 @@ class Shares:
     """Whether lengths decide how many splits a sequence has."""
     max_q_len: int = 1
     """Most new tokens of a sequence."""
+    one_block: bool = False
+    """Whether no split is longer than a block of tokens."""
 
     def capacity(self, num_seqs: int) -> int:
         """Parts that one key head of `num_seqs` sequences may leave behind; 0 where nothing can be split."""

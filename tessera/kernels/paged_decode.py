@@ -7,7 +7,7 @@ on no length, so a CUDA graph may replay it with any. Whichever program of a seq
 (`decode_merge`). Scores are in units of log2.
 """
 
-# ruff: noqa: N803, N806 -- what Triton compiles in is written in capitals
+# ruff: noqa: N803 -- what Triton compiles in is written in capitals
 # mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator"
 from __future__ import annotations
 
@@ -20,83 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tessera.kernels.decode_attend import attend_block, attend_tokens, begin_sums, load_tokens, prefetch_tokens
 from tessera.kernels.decode_merge import Workspace, finish_part
 from tessera.kernels.decode_shares import Shares, lengths_block, own_span
-from tessera.kernels.dependent import launch_constants, let_next_start, pdl_on, prefetch, wait_for_launch
+from tessera.kernels.dependent import launch_constants, let_next_start, pdl_on, wait_for_launch
 from tessera.kernels.launch import Launch, Launcher
-from tessera.kernels.packed import UNALIGNED, load_part, log2_soft_cap
+from tessera.kernels.packed import UNALIGNED, load_part
 from tessera.kernels.scores import Scores
-
-
-@triton.jit
-def attend_tokens(
-    q: tl.tensor, k: tl.tensor, v: tl.tensor, table_row: tl.tensor, start: tl.tensor, end: tl.tensor,
-    position: tl.tensor, peak: tl.tensor, total: tl.tensor, scale_log2: tl.tensor, cap_log2: tl.tensor,
-    k_stride: tl.tensor, v_stride: tl.tensor,
-    HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
-) -> tuple[tl.tensor, ...]:  # fmt: skip
-    """Attention of q [ROWS, HEAD_PAD] over tokens start .. end.
-
-    position  [ROWS] of each query, read where MASKED: where not all of them see all of these tokens
-    returns   acc [ROWS, HEAD_PAD] not yet divided, peak [ROWS] in units of log2, total [ROWS]
-    """
-    acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
-    for first in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
-        # Slots past the last token may hold anything, even NaN, which no mask would undo: read the last instead.
-        token = tl.minimum(first + tl.arange(0, BLOCK_N), end - 1)
-        slot = tl.load(table_row + token // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + token % PAGE_SIZE
-        keys = load_part(k, slot * k_stride, slot, 0, HEAD_PAD, HEAD_DIM, False)
-        scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale_log2
-        if SOFT_CAP:
-            scores = log2_soft_cap(scores, cap_log2)
-        visible = (first + tl.arange(0, BLOCK_N) < end)[None, :]
-        if MASKED:
-            distance = position[:, None] - token[None, :]
-            if CAUSAL:
-                visible = visible & (distance >= 0)
-            if WINDOW > 0:
-                visible = visible & (distance < WINDOW) & (distance > -WINDOW)
-        scores = tl.where(visible, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_peak[:, None])
-        shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(weights, 1)
-        values = load_part(v, slot * v_stride, slot, 0, HEAD_PAD, HEAD_DIM, False)
-        acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
-        peak = new_peak
-    return acc, peak, total
-
-
-@triton.jit
-def begin_sums(
-    sinks: tl.tensor, head: tl.tensor, real: tl.tensor, first: tl.tensor, ROWS: tl.constexpr, SINKS: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """Peak and total of no score yet, [ROWS] each; in the first split a sink is one score already."""
-    peak = tl.full([ROWS], -1.0e30, tl.float32)  # not -inf: the difference of two would be NaN
-    total = tl.zeros([ROWS], tl.float32)
-    if SINKS:  # noqa: SIM102 -- known when compiled, the other is not
-        if first:
-            sink = tl.load(sinks + head, mask=real, other=0.0) * 1.4426950408889634
-            peak = tl.maximum(peak, sink)  # one of -inf has no weight
-            total += 1.0
-    return peak, total
-
-
-@triton.jit
-def prefetch_tokens(
-    k: tl.tensor, v: tl.tensor, table_row: tl.tensor, start: tl.tensor, end: tl.tensor, k_stride: tl.tensor,
-    v_stride: tl.tensor, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
-) -> None:  # fmt: skip
-    """Have the first keys and values of tokens start .. end brought nearer; k and v at slot 0 of their head."""
-    WIDTH: tl.constexpr = HEAD_DIM * k.dtype.element_ty.primitive_bitwidth // 8
-    LINES: tl.constexpr = triton.next_power_of_2((WIDTH + 127) // 128)
-    token = tl.minimum(start + tl.arange(0, BLOCK_N), tl.maximum(end - 1, 0))
-    slot = tl.load(table_row + token // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + token % PAGE_SIZE
-    column = tl.minimum(tl.arange(0, LINES) * (128 * HEAD_DIM // WIDTH), HEAD_DIM - 1)
-    prefetch(k + (slot * k_stride)[:, None] + column[None, :])
-    prefetch(v + (slot * v_stride)[:, None] + column[None, :])
 
 
 @triton.jit(
@@ -113,6 +43,7 @@ def paged_decode_kernel(
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, SEQS: tl.constexpr, QUERIES: tl.constexpr,
     ROW_TILES: tl.constexpr, PART_ROWS: tl.constexpr, ROWS: tl.constexpr, MERGE_ROWS: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """One split of one tile of rows of one key head of one sequence. Shapes as `paged_decode`.
 
@@ -124,11 +55,17 @@ def paged_decode_kernel(
     seq, split, begin, q_len, kv_len, oldest, start, size, first_part = own_span(
         cu_q_lens, kv_lens, num_seqs, num_splits, min_split, QUERIES, WINDOW, SEQS, BLOCK_N
     )
-    if PDL:
-        prefetch_tokens(
-            k + kv_head * K_HEAD_STRIDE, v + kv_head * V_HEAD_STRIDE, page_table + seq * table_stride, start,
-            tl.minimum(start + size, kv_len), k_stride, v_stride, HEAD_DIM, PAGE_SIZE, BLOCK_N,
-        )  # fmt: skip
+    table_row, end = page_table + seq * table_stride, tl.minimum(start + size, kv_len)
+    k_head, v_head = k + kv_head * K_HEAD_STRIDE, v + kv_head * V_HEAD_STRIDE
+    if EARLY:
+        # What was there before this step needs no waiting for; in registers, not on its way when the wait is over.
+        token = start + tl.arange(0, BLOCK_N)
+        known = token < tl.minimum(end, kv_len - q_len)
+        keys, values = load_tokens(
+            k_head, v_head, table_row, token, known, k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE
+        )
+    elif PDL:
+        prefetch_tokens(k_head, v_head, table_row, start, end, k_stride, v_stride, HEAD_DIM, PAGE_SIZE, BLOCK_N)
     wait_for_launch(PDL)
     if ((start >= kv_len) & (split > 0)) | (first_row >= q_len * GROUP):
         return
@@ -138,12 +75,22 @@ def paged_decode_kernel(
     q_rows = query.to(tl.int64) * q_stride + head * Q_HEAD_STRIDE
     q_tile = load_part(q + begin * q_stride, q_rows, row < num_rows, 0, HEAD_PAD, HEAD_DIM, True)
     peak, total = begin_sums(sinks, head, row < num_rows, split == 0, ROWS, SINKS)
-    acc, peak, total = attend_tokens(
-        q_tile, k + kv_head * K_HEAD_STRIDE, v + kv_head * V_HEAD_STRIDE, page_table + seq * table_stride,
-        start, tl.minimum(start + size, kv_len), kv_len - q_len + query, peak, total, scale_log2, cap_log2,
-        k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE, QUERIES > 1, CAUSAL, WINDOW, SOFT_CAP, ROWS, BLOCK_N,
-        PRECISION, NUM_STAGES,
-    )  # fmt: skip
+    if EARLY:
+        fresh = (token >= kv_len - q_len) & (token < end)
+        new_keys, new_values = load_tokens(
+            k_head, v_head, table_row, token, fresh, k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE
+        )
+        acc, peak, total = attend_block(
+            q_tile, tl.where(fresh[:, None], new_keys, keys), tl.where(fresh[:, None], new_values, values), token,
+            token < end, kv_len - q_len + query, peak, total, scale_log2, cap_log2,
+            QUERIES > 1, CAUSAL, WINDOW, SOFT_CAP, PRECISION,
+        )  # fmt: skip
+    else:
+        acc, peak, total = attend_tokens(
+            q_tile, k_head, v_head, table_row, start, end, kv_len - q_len + query, peak, total, scale_log2, cap_log2,
+            k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE, QUERIES > 1, CAUSAL, WINDOW, SOFT_CAP, ROWS, BLOCK_N,
+            PRECISION, NUM_STAGES,
+        )  # fmt: skip
     divisor = tl.where(total > 0.0, total, 1.0)
     heads = tl.num_programs(0) // ROW_TILES
     target = out + (begin * heads + kv_head) * (GROUP * HEAD_DIM)
@@ -185,6 +132,7 @@ class _Kind(NamedTuple):
     max_q_len: int
     lengths_block: int
     causal: bool
+    one_block: bool
     pdl: bool
 
 
@@ -223,7 +171,7 @@ def paged_decode(
     block = lengths_block(num_seqs) if shares.balanced else 0
     with_pdl = pdl_on(q.device) if pdl is None else pdl
     pages = (k.stride(2), v.stride(2), page_size)
-    kind = _Kind(queries, pages, scores, sinks is not None, shares.max_q_len, block, causal, with_pdl)
+    kind = _Kind(queries, pages, scores, sinks is not None, shares.max_q_len, block, causal, shares.one_block, with_pdl)
     launch, columns = _compiled(kind, tuple(options.items()))
     launch(
         (columns, shares.num_units) if shares.balanced else (columns, shares.num_splits, num_seqs),
@@ -242,6 +190,7 @@ def _compiled(kind: _Kind, options: tuple[tuple[str, int], ...]) -> tuple[Launch
     compiled = constants(kind.queries, kind.sinks, kind.scores, kind.max_q_len, dict(options))
     launch = _launch_paged_decode.fixed(
         K_HEAD_STRIDE=k_head, V_HEAD_STRIDE=v_head, PAGE_SIZE=page_size, CAUSAL=kind.causal, SEQS=kind.lengths_block,
+        EARLY=kind.one_block,
         **compiled, **launch_constants(kind.pdl),
     )  # fmt: skip
     return launch, kind.queries.kv_heads * compiled["ROW_TILES"]

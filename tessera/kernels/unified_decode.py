@@ -17,12 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tessera.kernels.decode_attend import attend_tokens
 from tessera.kernels.decode_merge import Workspace, out_rows
 from tessera.kernels.decode_shares import Shares, own_span
 from tessera.kernels.dependent import launch_constants, pdl_on, wait_for_launch
 from tessera.kernels.launch import Launcher
 from tessera.kernels.packed import UNALIGNED, load_part, log2_soft_cap, store_part
-from tessera.kernels.paged_decode import Queries, attend_tokens, constants
+from tessera.kernels.paged_decode import Queries, constants
 from tessera.kernels.scores import LOG2_E, Scores
 
 

@@ -13,9 +13,11 @@ from tessera.types import Sequence
 
 
 class Decodes:
-    """Sequences whose next token was sampled in the last step that began; in order of arrival.
+    """Sequences whose next token was sampled in the last step that began; the longest first.
 
-    The list stays the same object until a sequence joins or leaves.
+    A device starts programs in the order of rows, and a long sequence that was begun last would keep all others
+    waiting. As each has one token more a step, the order lasts. The list stays the same object until a sequence joins
+    or leaves.
     """
 
     def __init__(self) -> None:
@@ -27,9 +29,12 @@ class Decodes:
         """Take in sequences that have been computed to their last known token."""
         if not sequences:
             return
-        self.sequences = self.sequences + sequences
-        self._computed = np.append(self._computed, [s.num_computed_tokens for s in sequences])
-        self._most = np.append(self._most, [s.most_tokens for s in sequences])
+        together = self.sequences + sequences
+        computed = np.append(self._computed, [s.num_computed_tokens for s in sequences])
+        order = np.argsort(-computed, kind="stable")
+        self.sequences = [together[row] for row in order.tolist()]
+        self._computed = computed[order]
+        self._most = np.append(self._most, [s.most_tokens for s in sequences])[order]
 
     def remove(self, gone: Container[Sequence]) -> None:
         """Leave out sequences; those that are not here are no error."""

@@ -165,7 +165,8 @@ class Scheduler:
         assert all(not s.pages and s.num_computed_tokens == 0 for s in self._waiting)
         assert len(self._running) <= self._max_running
         parts = dict.fromkeys([*self._decodes.sequences, *self._prompts])
-        assert list(parts) == [s for s in self._running if s in parts], "decodes and prompts run, in this order"
+        assert parts.keys() <= set(self._running), "decodes and prompts run"
+        assert self._prompts == [s for s in self._running if s in set(self._prompts)], "prompts in order of arrival"
         self._decodes.check()
 
     def _schedule_decodes(self, chunks: dict[Sequence, int]) -> None:
@@ -176,7 +177,8 @@ class Scheduler:
             for sequence, page in zip(sequences, self.pool.take(len(sequences))):
                 sequence.pages.append(page)
             return
-        for sequence in sequences:
+        at_end = set(sequences)
+        for sequence in [each for each in self._running if each in at_end]:  # the oldest first
             if sequence.pages:  # or it was preempted for an older one
                 self._reserve(sequence, 1, chunks)
 

@@ -177,7 +177,7 @@ def test_short_sequences_are_cut_up_further_while_multiprocessors_would_idle() -
 
 @needs_kernels
 def test_the_rungs_share_out_as_their_names_say() -> None:
-    case = make_case(Phase.DECODE, Workload(((1, 700), (1, 5))), make_shape())
+    case = make_case(Phase.DECODE, Workload(((1, 3000), (1, 5))), make_shape())
     paged, flash = (of(Phase.DECODE, case.shape).plan(case.batch).shares for of in (TritonPaged, TritonFlashDecoding))
     assert (paged.num_splits, paged.balanced) == (1, False)
     assert (flash.num_splits > 1, flash.balanced) == (True, False)
@@ -214,7 +214,7 @@ def test_it_compiles_for_hopper_into_asynchronous_copies_and_products(max_q_len:
     compiled = constants(Queries(torch.bfloat16, 32, 8, 128, 128), False, scores, max_q_len, options)
     num_warps = compiled.pop("num_warps")
     compiled |= {"K_HEAD_STRIDE": 128, "V_HEAD_STRIDE": 128, "PAGE_SIZE": 16, "CAUSAL": True}
-    compiled |= {"SEQS": 64 if balanced else 0, "PDL": True}
+    compiled |= {"SEQS": 64 if balanced else 0, "PDL": True, "EARLY": False}
     kinds = dict.fromkeys(("q", "k", "v", "out"), "*bf16") | dict.fromkeys(("sinks", "part_out", "part_lse"), "*fp32")
     kinds |= dict.fromkeys(("page_table", "cu_q_lens", "kv_lens", "arrivals"), "*i32")
     kinds |= dict.fromkeys(("scale_log2", "cap_log2"), "fp32")

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 KERNEL, UNIFIED_KERNEL = "paged_decode_kernel", "unified_decode_kernel"
 MAX_QUERIES = 16
 """Most new tokens of a sequence."""
+ONE_BLOCK = ((32, 528, 2048), (64, 800, 512))
+"""(tokens of a block, most programs, most tokens of a sequence) up to which every program has one block: measured on an
+H200 with heads of 64 and 128 and two bytes a number."""
 LIMITS = Limits(
     # The interpreter of triton 3.9 multiplies bfloat16 wrongly.
     dtypes=(torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16),
@@ -96,8 +99,11 @@ class Decode:
     def plan(self, batch: Batch) -> DecodePlan:
         """Choose the options and the splits: from how many sequences and queries there are and `max_kv_len` alone."""
         num_seqs = len(batch.kv_lens_cpu)
+        found = self._in_blocks(num_seqs, batch)
+        if found is not None:
+            return found
         options = self._options or self._choice.in_decode(self.shape, self._sms, num_seqs, batch.max_q_len)
-        return DecodePlan(batch, self._choose_shares(options, num_seqs, batch.max_q_len, batch.max_kv_len), options)
+        return DecodePlan(batch, self._choose_shares(options, num_seqs, batch), options)
 
     def run(self, plan: DecodePlan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         """One kernel; it reads lengths and pages from the tensors of the planned batch."""
@@ -108,16 +114,39 @@ class Decode:
         scores = Scores(shape.scale, shape.window, shape.soft_cap)
         return paged_decode(q, k, v, sinks, *where, shape.causal, scores, plan.options.arguments())
 
-    def _choose_shares(self, options: Options, num_seqs: int, max_q_len: int, max_kv_len: int) -> Shares:
+    def _in_blocks(self, num_seqs: int, batch: Batch) -> DecodePlan | None:
+        """A plan for few short sequences: a program for each block of tokens, which reads it before its step begins."""
+        from tessera.kernels.decode_shares import share_evenly
+        from tessera.kernels.paged_decode import tile_rows
+
+        shape, chosen = self.shape, self._options is None and self._balanced is None and self._split
+        rows, tiles = tile_rows(shape.group, batch.max_q_len, shape.dtype)
+        if not chosen or rows > 16 or shape.head_dim > 128 or shape.dtype == torch.float32:
+            return None
+        columns, longest = shape.num_kv_heads * tiles, self._longest(batch)
+        for block, most_programs, most_tokens in ONE_BLOCK:
+            splits = -(-longest // block)
+            programs = num_seqs * splits * columns
+            if longest <= most_tokens and programs <= min(most_programs, self.workspace.num_parts(rows)):
+                shares = share_evenly(num_seqs, splits, block, batch.max_q_len)
+                return DecodePlan(batch, replace(shares, one_block=True), Options(0, block, 2, 1, 1, block))
+        return None
+
+    def _longest(self, batch: Batch) -> int:
+        """Tokens that a sequence's queries see at most."""
+        # The kernel rounds queries up to a power of two, and sees a window longer for it.
+        queries = 1 << (batch.max_q_len - 1).bit_length()
+        longest = batch.max_kv_len
+        return max(1, min(longest, self.shape.window + queries - 1 if self.shape.window else longest))
+
+    def _choose_shares(self, options: Options, num_seqs: int, batch: Batch) -> Shares:
         """As many programs as options aim for and memory holds parts of, each of `_least_split` tokens or more."""
         from tessera.kernels.decode_shares import MOST_BALANCED, share_by_length, share_evenly
         from tessera.kernels.paged_decode import tile_rows
 
+        max_q_len, longest = batch.max_q_len, self._longest(batch)
         rows, tiles = tile_rows(self.shape.group, max_q_len, self.shape.dtype)
         columns, room = self.shape.num_kv_heads * tiles, self.workspace.num_parts(rows)
-        # The kernel rounds queries up to a power of two, and sees a window longer for it.
-        queries = 1 << (max_q_len - 1).bit_length()
-        longest = min(max_kv_len, self.shape.window + queries - 1 if self.shape.window else max_kv_len)
         min_split = self._least_split(options, num_seqs * columns, longest)
         most = -(-longest // min_split)
         balanced = options.balanced_per_sm > 0 if self._balanced is None else self._balanced
@@ -131,7 +160,7 @@ class Decode:
 
     def _least_split(self, options: Options, num_columns: int, longest: int) -> int:
         """Fewest tokens a split: as the options say, or fewer, down to one block, while multiprocessors would idle."""
-        evenly = -(-max(1, longest) * num_columns // self._sms)
+        evenly = -(-longest * num_columns // self._sms)
         return min(options.min_split, -(-evenly // options.block_n) * options.block_n)
 
 
