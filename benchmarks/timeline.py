@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from engine_settings import settings_of
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from tessera import SamplingParams
@@ -183,14 +184,6 @@ def time_steps(engine: Engine, num_steps: int) -> float:
     return 1e6 * (time.perf_counter() - started) / num_steps
 
 
-def value_of(text: str) -> Any:
-    """`true`, `16` and the like as JSON has them; anything else is a text."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
 def main() -> None:
     """Print the table; with --figure and --json write them too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -205,18 +198,13 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="SVG file")
     parser.add_argument("--json", type=Path, help="file to append a row to")
     options = parser.parse_args()
-    if wrong := [each for each in options.set if "=" not in each]:
-        parser.error(f"--set takes NAME=VALUE, got {wrong[0]!r}")
-    given = dict(each.split("=", 1) for each in options.set)
-    settings = {name: value_of(text) for name, text in given.items()}
+    settings = settings_of(parser, options.set)
     engine = build_engine(EngineConfig.from_flat({"model": options.model, **settings}))
     fill(engine, options.sequences, options.prompt, options.steps, options.warm_up)
     plain = time_steps(engine, options.warm_up)
     host, device, wall = record(engine, options.steps)
     found = {"step": round(plain, 1)} | summarise(host, device, wall, options.steps)
-    title = (
-        f"{engine.info.model} {engine.info.dtype}, {options.sequences} sequences, {engine.info.device} {given or ''}"
-    )
+    title = f"{engine.info.model} {engine.info.dtype}, {options.sequences} sequences, {engine.info.device} {' '.join(options.set)}"
     print(f"{title}\n\n| part | us a step |\n| --- | --- |")
     for name, value in found.items():
         print(f"| {name} | {value:,.1f} |")
