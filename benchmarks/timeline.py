@@ -204,7 +204,8 @@ def main() -> None:
     plain = time_steps(engine, options.warm_up)
     host, device, wall = record(engine, options.steps)
     found = {"step": round(plain, 1)} | summarise(host, device, wall, options.steps)
-    title = f"{engine.info.model} {engine.info.dtype}, {options.sequences} sequences, {engine.info.device} {' '.join(options.set)}"
+    info, given = engine.info, " ".join(options.set)
+    title = f"{info.model} {info.dtype}, {options.sequences} sequences, {info.device} {given}"
     print(f"{title}\n\n| part | us a step |\n| --- | --- |")
     for name, value in found.items():
         print(f"| {name} | {value:,.1f} |")
