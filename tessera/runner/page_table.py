@@ -16,9 +16,13 @@ class PageTable:
     """Remembers the step before: a decoding sequence gets a new page once in `page_size` steps.
 
     A sequence is known by the list that its pages are in: one that was preempted has a new list.
+
+    version  another number after every call that has changed an entry or a row's place: who has copied the table has
+             to do so again
     """
 
     def __init__(self) -> None:
+        self.version = 0
         self._sequences: list[Sequence] = []
         self._lists: list[list[int]] = []
         self._counts: NDArray[np.int64] = np.zeros(0, np.int64)
@@ -35,10 +39,13 @@ class PageTable:
             self._sequences = sequences
         elif counts.max() > self._table.shape[1]:
             self._arrange(self._lists, int(counts.max()))
-        for row in np.nonzero(counts > self._counts)[0].tolist():
-            first, last = int(self._counts[row]), int(counts[row])
-            self._table[row, first:last] = self._lists[row][first:last]
-        self._counts = np.maximum(counts, self._counts)
+        more = counts > self._counts
+        if more.any():
+            for row in more.nonzero()[0].tolist():
+                first, last = int(self._counts[row]), int(counts[row])
+                self._table[row, first:last] = self._lists[row][first:last]
+            self._counts = np.maximum(counts, self._counts)
+            self.version += 1
         return self._table
 
     def _arrange(self, lists: list[list[int]], most_pages: int) -> None:
@@ -53,3 +60,4 @@ class PageTable:
         table[kept, :shared] = self._table[before[kept], :shared]
         counts[kept] = np.minimum(self._counts[before[kept]], shared)
         self._table, self._counts, self._lists = table, counts, lists
+        self.version += 1

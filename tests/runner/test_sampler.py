@@ -228,7 +228,6 @@ def test_rows_that_are_kept_say_what_rows_made_anew_say_whoever_comes_and_goes()
         kept = kept.following(list(alive))
         num_tokens = np.array([each.num_tokens for each in alive], np.int64)
         assert kept.parameters(num_tokens).tolist() == parameters(alive).tolist()
-        assert kept.all_greedy == all(each.params.greedy for each in alive)
         assert kept.all_plain(num_tokens) == all(each.num_output_tokens >= each.params.min_tokens for each in alive)
 
 
