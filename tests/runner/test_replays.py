@@ -67,7 +67,7 @@ class ByTensors(Naive):
 class Recordable(Attention):
     """Attention that says keys are written by a kernel that a graph may record."""
 
-    def graphs_refused(self, phase: Phase, backends: Sequence[AttentionBackend[Any]]) -> list[str]:
+    def graphs_refused(self, phase: Phase, backends: Sequence[AttentionBackend[Any]]) -> list[str]:  # noqa: ARG002
         """Never."""
         return []
 
@@ -88,11 +88,13 @@ class OneLayer:
         hidden = self._embedding[token_ids] + self._places[positions]
         keys = hidden[:, None, : WIDTH // 2]
         answer = attend(0, hidden.view(-1, 2, WIDTH // 2), keys, hidden[:, None, WIDTH // 2 :])
-        return hidden + 3 * answer.reshape(-1, WIDTH)
+        after: Tensor = hidden + 3 * answer.reshape(-1, WIDTH)
+        return after
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[tokens, VOCAB_SIZE]"""
-        return hidden @ self._head
+        logits: Tensor = hidden @ self._head
+        return logits
 
 
 class CallAgain:
@@ -139,10 +141,10 @@ def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def make_runner(num_pages: int, *, replayed: bool, most_tokens: int = 64) -> Runner:
     attention = Recordable({phase: [ByTensors(phase, SHAPE)] for phase in (Phase.PREFILL, Phase.DECODE)}, [0])
-    pools = [[torch.zeros(num_pages, PAGE_SIZE, 1, WIDTH // 2)] for _ in range(2)]
+    k_pages, v_pages = ([torch.zeros(num_pages, PAGE_SIZE, 1, WIDTH // 2)] for _ in range(2))
     limits = GraphLimits(8, MAX_LEN, PAGE_SIZE, num_pages, most_tokens, 999)
     model: Any = OneLayer()
-    return Runner(model, attention, *pools, torch.device("cpu"), limits if replayed else None)
+    return Runner(model, attention, k_pages, v_pages, torch.device("cpu"), limits if replayed else None)
 
 
 def make_engine(num_pages: int, *, replayed: bool, overlap: bool) -> tuple[Engine, Runner]:
