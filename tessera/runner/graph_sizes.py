@@ -82,7 +82,11 @@ class GraphLimits:
 
     def longest(self, kv_len: int) -> int:
         """The longest sequence that a graph for one of `kv_len` tokens is recorded for."""
-        return min(next((each for each in LENGTHS if each >= kv_len), self.max_model_len), self.max_model_len)
+        return self._lengths[min(bisect_left(self._lengths, kv_len), len(self._lengths) - 1)]
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        return [*(each for each in LENGTHS if each < self.max_model_len), self.max_model_len]
 
     def size(self, decodes: int, tokens: int, prompts: int, kv_len: int) -> GraphSize | None:
         """The least recorded size that takes such a step; None where none does.

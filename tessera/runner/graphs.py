@@ -39,17 +39,6 @@ class _Key(NamedTuple):
     prefilling: Backends
 
 
-class _Lens(NamedTuple):
-    """What backends are told of a step's lengths on the host, padding included."""
-
-    decodes: list[int]
-    """Tokens of each in the cache."""
-    prompts: list[int]
-    q_lens: list[int]
-    """New tokens of each prompt."""
-    max_q_len: int
-
-
 @dataclass(frozen=True, slots=True)
 class _Graph:
     """One recorded step."""
@@ -57,6 +46,8 @@ class _Graph:
     graph: torch.cuda.CUDAGraph
     inputs: GraphInputs
     attend: StepAttention
+    batches: list[Batch]
+    """What it was recorded with: one a phase, in the order of their tokens."""
     hidden: Tensor
     """[rows that may be sampled, hidden_size], of the last replay. Logits are not held: a tensor that is could not be
     reused by other graphs, and those of a large vocabulary add up to gigabytes."""
@@ -122,7 +113,7 @@ class StepGraphs:
         num_tokens = step.kv_lens if count == len(kv_lens) else step.kv_lens[step.samples]
         self._sampling = self._sampling.following(step.sampling)
         graph.inputs.write(host, self._sampling, num_tokens)
-        graph.attend.update(*(batch for _, batch in self._batches(graph.inputs, _lens(host, kv_lens, key.size))))
+        graph.attend.update(*_batches_now(graph.batches, key.size, host, kv_lens))
         graph.graph.replay()
         if not count:
             return HostCopy([graph.hidden[:1, :1]])
@@ -166,51 +157,34 @@ class StepGraphs:
         inputs = GraphInputs(size, self._static)
         sampled = self._sampled.clone()  # what the step before sampled is still wanted
         inputs.clear()
-        attend = self._attention.begin_capture(
-            *self._pools,
-            inputs["slots"],
-            dict(zip(self._phases(size), self._batches(inputs, _longest(size)))),
-            {Phase.DECODE: key.decoding, Phase.PREFILL: key.prefilling},
-        )
+        batches = self._longest_batches(inputs)
+        backends = {Phase.DECODE: key.decoding, Phase.PREFILL: key.prefilling}
+        attend = self._attention.begin_capture(*self._pools, inputs["slots"], batches, backends)
         graph, hidden = capture(
             lambda: self._compute(attend, inputs), lambda: self._compute(attend, inputs), self._memory
         )
         self._sampled.copy_(sampled)
         names = ", ".join(dict.fromkeys(backend.name for backend in key.decoding + key.prefilling))
         logger.debug("a graph of %s with %s was recorded in %.2f s", size.label, names, time.perf_counter() - started)
-        return _Graph(graph, inputs, attend, hidden, self._sampled[: size.sampling])
+        recorded = [batch for _, batch in batches.values()]
+        return _Graph(graph, inputs, attend, recorded, hidden, self._sampled[: size.sampling])
 
-    @staticmethod
-    def _phases(size: GraphSize) -> list[Phase]:
-        """Those that a size has, in the order of their tokens."""
-        return [*([Phase.DECODE] if size.decodes else []), *([Phase.PREFILL] if size.prompts else [])]
-
-    def _batches(self, inputs: GraphInputs, lens: _Lens) -> list[tuple[slice, Batch]]:
-        """The tokens and sequences of each phase."""
-        size, batches = inputs.size, []
+    def _longest_batches(self, inputs: GraphInputs) -> dict[Phase, tuple[slice, Batch]]:
+        """The tokens and sequences of each phase, of the largest step that a size takes: one prompt may have all tokens."""
+        size, longest = inputs.size, inputs.size.longest
+        batches: dict[Phase, tuple[slice, Batch]] = {}
         if size.decodes:
-            starts = self._decode_starts[: size.decodes + 1]
-            decodes = (starts, inputs["decode_lens"], inputs["decode_table"])
-            batches.append((slice(0, size.decodes), self._batch([1] * size.decodes, 1, lens.decodes, *decodes)))
+            tensors = (self._decode_starts[: size.decodes + 1], inputs["decode_lens"], inputs["decode_table"])
+            ones, lens = [1] * size.decodes, [longest] * size.decodes
+            decodes = Batch(ones, lens, *tensors, 1, longest, self._limits.num_pages)
+            batches[Phase.DECODE] = slice(0, size.decodes), decodes
         if size.prompts:
-            tokens = slice(size.decodes, size.decodes + size.tokens)
-            prompts = (inputs["cu_q_lens"], inputs["prompt_lens"], inputs["prompt_table"])
-            batches.append((tokens, self._batch(lens.q_lens, lens.max_q_len, lens.prompts, *prompts)))
+            tensors = (inputs["cu_q_lens"], inputs["prompt_lens"], inputs["prompt_table"])
+            each, lens = size.tokens // size.prompts, [longest] * size.prompts
+            q_lens = [size.tokens - each * (size.prompts - 1), *[each] * (size.prompts - 1)]
+            prompts = Batch(q_lens, lens, *tensors, size.tokens, longest, self._limits.num_pages)
+            batches[Phase.PREFILL] = slice(size.decodes, size.decodes + size.tokens), prompts
         return batches
-
-    def _batch(
-        self, q_lens: list[int], max_q_len: int, kv_lens: list[int], starts: Tensor, lens: Tensor, table: Tensor
-    ) -> Batch:
-        return Batch(
-            q_lens_cpu=q_lens,
-            kv_lens_cpu=kv_lens,
-            cu_q_lens=starts,
-            kv_lens=lens,
-            page_table=table,
-            max_q_len=max_q_len,
-            max_kv_len=max(kv_lens),
-            num_pages=self._limits.num_pages,
-        )
 
     def _compute(self, attend: StepAttention, inputs: GraphInputs) -> Tensor:
         """From what is in the static arrays to sampled tokens; returns the hidden states behind them."""
@@ -225,20 +199,19 @@ class StepGraphs:
         return hidden
 
 
-def _lens(host: HostInputs, kv_lens: list[int], size: GraphSize) -> _Lens:
-    """Of a step, padded."""
-    count = host.num_decodes
-    decodes, unused = kv_lens[:count] + [0] * (size.decodes - count), size.prompts - (len(kv_lens) - count)
-    if not size.prompts:
-        return _Lens(decodes, [], [], 0)
-    q_lens = host.q_lens[count:].tolist() + [0] * unused
-    return _Lens(decodes, kv_lens[count:] + [0] * unused, q_lens, max(q_lens))
+def _batches_now(recorded: Items[Batch], size: GraphSize, host: HostInputs, kv_lens: list[int]) -> list[Batch]:
+    """The batches of a step that is padded to a size: other lengths, the same tensors."""
+    count, batches = host.num_decodes, []
+    if size.decodes:
+        padded = kv_lens[:count] + [0] * (size.decodes - count)
+        batches.append(_with_lens(recorded[0], recorded[0].q_lens_cpu, 1, padded))
+    if size.prompts:
+        unused = [0] * (size.prompts - (len(kv_lens) - count))
+        q_lens = host.q_lens[count:].tolist() + unused
+        batches.append(_with_lens(recorded[-1], q_lens, max(q_lens), kv_lens[count:] + unused))
+    return batches
 
 
-def _longest(size: GraphSize) -> _Lens:
-    """Of the largest step that a size takes: each sequence as long as can be, or one prompt of all the tokens."""
-    decodes, prompts = [size.longest] * size.decodes, [size.longest] * size.prompts
-    if not size.prompts:
-        return _Lens(decodes, [], [], 0)
-    each = size.tokens // size.prompts
-    return _Lens(decodes, prompts, [size.tokens - each * (size.prompts - 1), *[each] * (size.prompts - 1)], size.tokens)
+def _with_lens(batch: Batch, q_lens: list[int], max_q_len: int, kv_lens: list[int]) -> Batch:
+    tensors = batch.cu_q_lens, batch.kv_lens, batch.page_table
+    return Batch(q_lens, kv_lens, *tensors, max_q_len, max(kv_lens), batch.num_pages)

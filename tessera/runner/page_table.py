@@ -27,6 +27,7 @@ class PageTable:
         self._lists: list[list[int]] = []
         self._counts: NDArray[np.int64] = np.zeros(0, np.int64)
         self._table: NDArray[np.int32] = np.zeros((0, 0), np.int32)
+        self._width = 0
 
     def of(self, sequences: list[Sequence], counts: NDArray[np.int64]) -> NDArray[np.int32]:
         """[sequences, most pages or more] int32, zero where a sequence has no page; overwritten by the next call.
@@ -45,8 +46,8 @@ class PageTable:
                 first, last = int(self._counts[row]), int(counts[row])
                 self._table[row, first:last] = self._lists[row][first:last]
             self._counts = np.maximum(counts, self._counts)
-            self.version += 1
-        return self._table
+            self._changed()
+        return self._table[:, : self._width]
 
     def _arrange(self, lists: list[list[int]], most_pages: int) -> None:
         """Rows in the order of these lists; those that were not in the step before hold no page yet."""
@@ -60,4 +61,8 @@ class PageTable:
         table[kept, :shared] = self._table[before[kept], :shared]
         counts[kept] = np.minimum(self._counts[before[kept]], shared)
         self._table, self._counts, self._lists = table, counts, lists
+        self._changed()
+
+    def _changed(self) -> None:
         self.version += 1
+        self._width = int(self._counts.max())

@@ -54,8 +54,7 @@ class PrefixCache:
             if sequence.finished or not sequence.pages:  # one preempted since holds none
                 continue
             self._extend_hashes(sequence, end)
-            for index in range(start, end):
-                self._pool.remember(sequence.pages[index], sequence.page_hashes[index])
+            self._pool.remember(sequence.pages[start:end], sequence.page_hashes[start:end])
 
     def _extend_hashes(self, sequence: Sequence, num_pages: int) -> None:
         """Make `sequence.page_hashes` cover its first `num_pages` full pages."""
