@@ -170,7 +170,7 @@ class StepGraphs:
         return _Graph(graph, inputs, attend, recorded, hidden, self._sampled[: size.sampling])
 
     def _longest_batches(self, inputs: GraphInputs) -> dict[Phase, tuple[slice, Batch]]:
-        """The tokens and sequences of each phase, of the largest step that a size takes: one prompt may have all tokens."""
+        """Tokens and sequences of each phase in the largest step that a size takes; one prompt may have all tokens."""
         size, longest = inputs.size, inputs.size.longest
         batches: dict[Phase, tuple[slice, Batch]] = {}
         if size.decodes:

@@ -53,12 +53,14 @@ class GraphInputs:
         self.size, self._static = size, static
         found = spans(size, static.limits.page_size)
         end = found[-1].end
-        self._table_start = _aligned(end)
         self._arrays = {each.name: each.of(static.storage) for each in found}
         if not size.prompts:
             self._arrays["decode_table"] = static.page_table[: size.decodes]
         self._there = static.storage[:end]
         self._pinned = [buffer[:end] for buffer in static.staging.buffers]
+        self._table_start = start = _aligned(end)
+        self._table_there = static.storage[start:].view(torch.int32)
+        self._table_staged = [buffer[start:].view(torch.int32).numpy() for buffer in static.staging.buffers]
         self._staged: list[dict[str, NDArray[Any]]] = [
             {each.name: each.of(buffer).numpy() for each in found} for buffer in static.staging.buffers
         ]
@@ -122,11 +124,11 @@ class GraphInputs:
         """
         static = self._static
         table = host.table[:, : static.page_table.shape[1]]
-        shape = Span("table", self._table_start, self._table_start + 4 * table.size, torch.int32, table.shape)
-        buffer = static.staging.buffers[turn]
-        shape.of(buffer).numpy()[...] = table
-        static.staging.send(buffer[: shape.end], static.storage[: shape.end])
-        static.page_table[: table.shape[0], : table.shape[1]].copy_(shape.of(static.storage))
+        rows, width = table.shape
+        self._table_staged[turn][: table.size].reshape(table.shape)[...] = table
+        end = self._table_start + 4 * table.size
+        static.staging.send(static.staging.buffers[turn][:end], static.storage[:end])
+        static.page_table[:rows, :width].copy_(self._table_there[: table.size].view(rows, width))
 
 
 class Span(NamedTuple):
@@ -186,7 +188,7 @@ def storage_bytes(limits: GraphLimits) -> int:
     most = limits.max_num_seqs
     largest = GraphSize(most, limits.most_tokens, most, limits.page_size)
     tables = max(4 * most * limits.most_pages, MOST_TABLE_BYTES if limits.most_tokens else 0)
-    return _aligned(spans(largest, limits.page_size)[-1].end) + tables
+    return _aligned(spans(largest, limits.page_size)[-1].end) + _aligned(tables)
 
 
 def _aligned(num_bytes: int) -> int:
