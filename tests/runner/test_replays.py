@@ -21,10 +21,11 @@ from tessera.attention.contract import AttentionBackend, Batch, Limits, Phase, S
 from tessera.attention.step import Attention
 from tessera.engine.engine import Engine
 from tessera.runner import graphs as graphs_module
-from tessera.runner.graph_sizes import GraphLimits
+from tessera.runner.graph_sizes import GraphLimits, GraphSize
 from tessera.runner.parameters import parameters
 from tessera.runner.runner import Runner
 from tessera.runner.sampler import Sampler
+from tessera.runner.static_inputs import spans
 from tessera.scheduler.pages import PagePool
 from tessera.scheduler.scheduler import Scheduler, SchedulerLimits
 from tessera.step import Step
@@ -229,7 +230,7 @@ class Driver:
         if anew or self._same != [*sequences]:
             self._same = [*sequences]
         step = replace(Step.of(dict.fromkeys(sequences, 1)), sequences=self._same, sampling=self._same)
-        before, table = len(self.sent), self.static.table_version
+        before = len(self.sent)
         result = self.runner.run(step)
         for row, (each, token) in enumerate(zip(sequences, result.token_ids)):
             each.num_computed_tokens += 1
@@ -237,7 +238,8 @@ class Driver:
             count = -(-each.num_computed_tokens // PAGE_SIZE)
             assert self.static.page_table[row, :count].tolist() == each.pages[:count]
         assert len(self.sent) == before + 1, "one copy a step"
-        return self.static.table_version != table
+        without = spans(GraphSize(len(sequences), 0, 0, MAX_LEN), PAGE_SIZE)[-1].end
+        return self.sent[-1] > without
 
 
 def a_sequence(number: int, num_tokens: int) -> TokenSequence:
