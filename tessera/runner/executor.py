@@ -220,7 +220,7 @@ class Executor:
         return int(total * cache.gpu_memory_utilization) - taken - activations - self._graph_bytes(model, page_size)
 
     def _graph_bytes(self, model: LanguageModel, page_size: int) -> int:
-        """What graphs share: the logits and a layer's activations of the largest of them, apart for each kind."""
+        """What graphs share: inputs, logits and a layer's activations, of the largest with and without prompts."""
         if self._config.device.cuda_graphs is False:
             return 0
         spec, size, most = self._spec, self._dtype.itemsize, self._config.scheduler.max_num_seqs

@@ -131,7 +131,7 @@ class InputBuilder:
             token_ids=token_ids,
             sources=sources,
             positions=positions,
-            slots=(table[rows, numbers] - numbers) * page_size + positions,  # numbers are int64, and so are slots
+            slots=(table[rows, numbers].astype(np.int64) - numbers) * page_size + positions,
             table=table,
             table_version=self._page_table.version,
             samples=step.samples,

@@ -26,7 +26,9 @@ class Decodes:
         self._computed: NDArray[np.int64] = np.zeros(0, np.int64)
         self._most: NDArray[np.int64] = np.zeros(0, np.int64)
         self._steps_to_full = self._steps_to_page_end = 0
-        self._changed()
+        self._is_new = True
+        """Whether sequences came or went since `_refresh`."""
+        self._refresh()
 
     def join(self, sequences: list[Sequence]) -> None:
         """Take in sequences that have been computed to their last known token."""
@@ -35,7 +37,7 @@ class Decodes:
         self.sequences = self.sequences + sequences
         self._computed = np.append(self._computed, [s.num_computed_tokens for s in sequences])
         self._most = np.append(self._most, [s.most_tokens for s in sequences])
-        self._changed()
+        self._is_new = True
 
     def remove(self, gone: Container[Sequence]) -> None:
         """Leave out sequences; those that are not here are no error."""
@@ -43,11 +45,13 @@ class Decodes:
 
     def remove_full(self) -> None:
         """Leave out those that may have no token after the one that is sampled or pending."""
+        self._refresh()
         if self._steps_to_full <= 0:
             self._keep(self._computed + 1 < self._most)
 
     def at_page_end(self, page_size: int) -> list[Sequence]:
         """Those whose next token is the first of a page; of one `page_size`, whenever it is asked."""
+        self._refresh()
         if self._steps_to_page_end > 0:
             return []
         left = -self._computed % page_size
@@ -58,6 +62,7 @@ class Decodes:
 
     def step(self) -> Step:
         """A step of one token of each."""
+        self._refresh()
         pending = bool(self.sequences) and self.sequences[0].num_pending > 0  # of one step: of all or of none
         return Step(
             self.sequences,
@@ -85,11 +90,13 @@ class Decodes:
         if not stays.all():
             self.sequences = list(compress(self.sequences, stays.tolist()))
             self._computed, self._most = self._computed[stays], self._most[stays]
-            self._changed()
+            self._is_new = True
 
-    def _changed(self) -> None:
-        """Sequences came or went: make what only they decide."""
-        count = len(self.sequences)
+    def _refresh(self) -> None:
+        """Where sequences came or went, make what only they decide."""
+        if not self._is_new:
+            return
+        self._is_new, count = False, len(self.sequences)
         self._ones, self._every, self._none = (
             np.ones(count, np.int64),
             np.ones(count, np.bool_),

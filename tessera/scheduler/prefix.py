@@ -8,7 +8,7 @@ collision, which would serve another prompt's keys, is out of reach of accident 
 from __future__ import annotations
 
 from hashlib import blake2b
-from struct import pack
+from struct import Struct
 
 from tessera.scheduler.pages import PagePool
 from tessera.step import Step
@@ -23,6 +23,7 @@ class PrefixCache:
 
     def __init__(self, pool: PagePool, page_size: int, *, enabled: bool) -> None:
         self._pool, self._page_size, self._enabled = pool, page_size, enabled
+        self._pack_page = Struct(f"{page_size}q").pack
 
     def find(self, sequence: Sequence) -> list[int]:
         """The longest run of pages that hold the beginning of `sequence`, not yet held for it.
@@ -62,7 +63,8 @@ class PrefixCache:
         start, end = len(hashes) * page_size, num_pages * page_size
         if start >= end:
             return
-        tokens = pack(f"{end - start}q", *sequence.token_ids[start:end])
+        pack_all = self._pack_page if end - start == page_size else Struct(f"{end - start}q").pack
+        tokens = pack_all(*sequence.token_ids[start:end])
         parent, width = hashes[-1] if hashes else b"tessera", 8 * page_size
         for first in range(0, len(tokens), width):
             parent = blake2b(parent + tokens[first : first + width], digest_size=16).digest()
