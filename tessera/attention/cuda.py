@@ -16,13 +16,18 @@ def make_event(*, timing: bool = False) -> torch.cuda.Event:
     return event
 
 
+def graph_pool() -> Any:
+    """Memory for graphs to share, see `capture`."""
+    return torch.cuda.graph_pool_handle()
+
+
 def capture(
     call: Callable[[], Result], warm_up: Callable[[], object], pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
     """`call` as a graph, with what it returned: tensors that every replay writes anew.
 
     `warm_up` runs before on a stream of its own: whatever compiles or chooses on its first call must do so there.
-    Graphs of one `pool` (torch.cuda.graph_pool_handle) share the memory of what none of them returned.
+    Graphs of one `pool` (see `graph_pool`) share the memory of what none of them returned.
     """
     stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())

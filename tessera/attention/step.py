@@ -64,6 +64,8 @@ class Attention:
             phase: {bucket: tuple(bound) for bucket, bound in of_phase.items()}
             for phase, of_phase in (buckets or {}).items()
         }
+        # Where one set serves every size no step's size is compared.
+        self._only = {phase: bound[0] for phase in Phase if len(bound := list(self._by_size(phase))) == 1}
         self.fused = self._is_fused() if fused is None else fused
         self._observe: Observe | None = None
         self._turn_and_write: TurnAndWrite | None = None
@@ -83,8 +85,16 @@ class Attention:
 
     def serving(self, phase: Phase, size: Bucket) -> tuple[AttentionBackend[Any], ...]:
         """The backends of a step of this size: those of the nearest bucket, of equally near ones the first."""
+        if phase in self._only:
+            return self._only[phase]
         buckets = self._buckets.get(phase)
         return buckets[min(buckets, key=size.distance)] if buckets else self._backends[phase]
+
+    def _by_size(self, phase: Phase) -> set[tuple[AttentionBackend[Any], ...]]:
+        """The sets that `serving` may name."""
+        if self._buckets.get(phase):
+            return set(self._buckets[phase].values())
+        return {self._backends[phase]} if phase in self._backends else set()
 
     def buckets(self, phase: Phase) -> list[Bucket]:
         """The sizes of step that are told apart in a phase; [] where all are served alike."""

@@ -30,11 +30,12 @@ from tessera.model.spec import ModelSpec
 from tessera.runner import memory
 from tessera.runner.calibrate import calibrate
 from tessera.runner.device import capability, device_name, shared_memory
-from tessera.runner.graphs import DecodeGraphs, GraphLimits
-from tessera.runner.mixed_inputs import MixedLimits
+from tessera.runner.graph_sizes import GraphLimits
+from tessera.runner.graphs import StepGraphs
 from tessera.runner.prove import StepLimits, prove_steps
 from tessera.runner.runner import Runner, RunningStep
 from tessera.runner.sampler import Sampler
+from tessera.runner.static_inputs import storage_bytes
 from tessera.step import Step
 from tessera.types import AttentionChoice, SamplingParams, Sequence
 
@@ -114,21 +115,21 @@ class Executor:
 
     def _graph_limits(
         self, model: LanguageModel, attention: Attention, num_pages: int, page_size: int, max_model_len: int
-    ) -> tuple[MixedLimits | None, dict[Phase, str]]:
+    ) -> tuple[GraphLimits | None, dict[Phase, str]]:
         """What steps may be recorded, and what to say of each phase; ConfigError where graphs are asked for in vain."""
         wanted = self._config.device.cuda_graphs
         if wanted is False or (self._device.type != "cuda" and wanted is None):
             return None, {}
         refused = [f"the device is {self._device.type}"]
         if self._device.type == "cuda":
-            refused = DecodeGraphs.refused(attention, Sampler(self._spec.eos_token_ids, self._device))
+            refused = StepGraphs.refused(attention, Sampler(self._spec.eos_token_ids, self._device))
         if wanted and refused:
             raise ConfigError(
                 f"--cuda-graphs asks that decode steps are replayed as CUDA graphs, but {', '.join(refused)}",
                 "name another --decode-attention, or leave --cuda-graphs out to use them where they are allowed",
             )
         graphs = GraphLimits(self._config.scheduler.max_num_seqs, max_model_len, page_size, num_pages)
-        limits = self._mixed_limits(model, graphs)
+        limits = self._with_prompts(model, graphs)
         said = {Phase.DECODE: f"not in CUDA graphs everywhere: {', '.join(refused)}" if refused else "in CUDA graphs"}
         of_prompts = [attention.graphs_refused(Phase.PREFILL, each) for each in attention.bound(Phase.PREFILL)]
         launched = list(dict.fromkeys(reason for reasons in of_prompts for reason in reasons))
@@ -137,10 +138,10 @@ class Executor:
             said[Phase.PREFILL] = f"not in CUDA graphs everywhere: {', '.join(launched)}"
         return limits, said
 
-    def _mixed_limits(self, model: LanguageModel, graphs: GraphLimits) -> MixedLimits:
+    def _with_prompts(self, model: LanguageModel, graphs: GraphLimits) -> GraphLimits:
         products = [each for each in model.modules() if isinstance(each, Linear) and not isinstance(each, Head)]
         num_weights = sum(product.weight.numel() for product in products)
-        return MixedLimits.worth(graphs, self._config.scheduler.resolve_budget(self._device.type), num_weights)
+        return graphs.worth(self._config.scheduler.resolve_budget(self._device.type), num_weights)
 
     def _choose_attention(self) -> tuple[Attention, int, list[AttentionChoice]]:
         """Attention that has passed its self-test, its page size, and how each backend was chosen."""
@@ -219,14 +220,14 @@ class Executor:
         return int(total * cache.gpu_memory_utilization) - taken - activations - self._graph_bytes(model, page_size)
 
     def _graph_bytes(self, model: LanguageModel, page_size: int) -> int:
-        """What graphs share: the logits and a layer's activations of the largest of them, apart for each kind."""
+        """What graphs share: inputs, logits and a layer's activations, of the largest with and without prompts."""
         if self._config.device.cuda_graphs is False:
             return 0
         spec, size, most = self._spec, self._dtype.itemsize, self._config.scheduler.max_num_seqs
         layer = size * (8 * spec.hidden_size + 3 * spec.intermediate_size)
         longest = self._config.model.max_model_len or spec.max_position
-        limits = self._mixed_limits(model, GraphLimits(most, min(longest, spec.max_position), page_size, 1))
-        inputs = limits.num_bytes + 4 * most * -(-limits.graphs.max_model_len // page_size)
+        limits = self._with_prompts(model, GraphLimits(most, min(longest, spec.max_position), page_size, 1))
+        inputs = storage_bytes(limits) + 4 * most * limits.most_pages
         return 3 * most * 4 * spec.vocab_size + (2 * most + limits.most_tokens) * layer + inputs
 
     def _run_largest_step(self, model: LanguageModel, attention: Attention, page_size: int, max_tokens: int) -> None:

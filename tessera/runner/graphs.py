@@ -1,8 +1,8 @@
-"""Decode steps as CUDA graphs: recorded once for each number of sequences, replayed with other numbers in place.
+"""Steps as CUDA graphs: recorded once for each size that steps are padded to, replayed with other numbers in place.
 
-A step of one token a sequence launches some hundred small kernels, which takes the host longer than the device. As a
-graph it is one launch. Steps of fewer sequences than were recorded are padded; whatever their lengths, the same
-graph serves, for lengths and pages are read from tensors.
+A step of one token a sequence launches some hundred small kernels, which takes the host longer than the device; so does
+one with prompts that are short. As a graph it is one launch, sampling included. Whatever the lengths, the same graph
+serves, for lengths and pages are read from tensors.
 """
 
 from __future__ import annotations
@@ -10,130 +10,56 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tessera.attention.contract import AttentionBackend, Batch, Phase
-from tessera.attention.cuda import capture
+from tessera.attention.cuda import capture, graph_pool
 from tessera.attention.step import Attention, Bucket, StepAttention
 from tessera.log import logger
 from tessera.model.language_model import LanguageModel
+from tessera.runner.graph_sizes import GraphLimits, GraphSize
 from tessera.runner.inputs import HostInputs, LastSampled
 from tessera.runner.parameters import SamplingRows
 from tessera.runner.sampler import Sampled, Sampler
-from tessera.runner.transfer import to_device
+from tessera.runner.static_inputs import GraphInputs, StaticInputs
+from tessera.runner.transfer import HostCopy, Returns
 from tessera.step import Step
 
-PADDING_SLOT = -1
-LENGTHS = (512, 2048, 8192, 32768)
-"""Longest sequences that graphs are recorded for, before the model's own longest: a backend that is told of shorter
-ones cuts them into fewer pieces."""
+Backends = tuple[AttentionBackend[Any], ...]
 
 
-@dataclass(frozen=True)
-class GraphLimits:
-    """The largest step that a graph will be replayed with."""
+class _Key(NamedTuple):
+    """What a graph is recorded for: a size, and who attends to decodes and to prompts; () where there are none."""
 
-    max_num_seqs: int
-    max_model_len: int
-    page_size: int
-    num_pages: int
-
-    def sizes(self) -> list[int]:
-        """Numbers of sequences to record: close enough that at most a fifth of a step, or three rows, is padding."""
-        sizes = [1, 2, 4]
-        while sizes[-1] < self.max_num_seqs:
-            sizes.append(sizes[-1] + max(4, sizes[-1] // 32 * 8))
-        return [size for size in sizes if size < self.max_num_seqs] + [self.max_num_seqs]
-
-    def longest(self, kv_len: int) -> int:
-        """The longest sequence that a graph for one of `kv_len` tokens is recorded for."""
-        return min(next((each for each in LENGTHS if each >= kv_len), self.max_model_len), self.max_model_len)
+    size: GraphSize
+    decoding: Backends
+    prefilling: Backends
 
 
-class StaticInputs:
-    """What graphs read, at addresses that stay; a graph of fewer sequences reads the first rows."""
-
-    def __init__(self, limits: GraphLimits, device: torch.device) -> None:
-        rows = limits.max_num_seqs
-        self._limits, self._device = limits, device
-        self._numbers = torch.zeros(5, rows, dtype=torch.int64, device=device)
-        self.token_ids, self.sources, self.positions, self.slots, self.kv_lens64 = self._numbers
-        self.kv_lens = torch.zeros(rows, dtype=torch.int32, device=device)
-        self.cu_q_lens = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        most_pages = -(-limits.max_model_len // limits.page_size)
-        self.page_table = torch.zeros(rows, most_pages, dtype=torch.int32, device=device)
-        self.parameters = torch.zeros(rows, 5, dtype=torch.float64, device=device)
-        self.sampled = torch.zeros(rows, dtype=torch.int64, device=device)
-        """Token ids of the step before."""
-        self._sampling = SamplingRows.of([])
-        self.clear()
-
-    def batch(self, rows: int, kv_lens_cpu: list[int], max_kv_len: int) -> Batch:
-        """The first `rows` of everything as a batch of decodes."""
-        return Batch(
-            q_lens_cpu=[1] * rows,
-            kv_lens_cpu=kv_lens_cpu,
-            cu_q_lens=self.cu_q_lens[: rows + 1],
-            kv_lens=self.kv_lens[:rows],
-            page_table=self.page_table[:rows],
-            max_q_len=1,
-            max_kv_len=max_kv_len,
-            num_pages=self._limits.num_pages,
-        )
-
-    def clear(self) -> None:
-        """Nothing but padding: a step that writes to no page."""
-        self._numbers.zero_()
-        self.sources.fill_(-1)
-        self.slots.fill_(PADDING_SLOT)
-        self.kv_lens.zero_()
-
-    def write(self, host: HostInputs, rows: int) -> None:
-        """A step of at most `rows` sequences, padded to that number."""
-        count = len(host.q_lens)
-        numbers = np.zeros((5, rows), np.int64)
-        numbers[1, count:], numbers[3, count:] = -1, PADDING_SLOT
-        for row, values in enumerate((host.token_ids, host.sources, host.positions, host.slots, host.kv_lens)):
-            numbers[row, :count] = values
-        width = -(-int(host.kv_lens.max()) // self._limits.page_size)  # no entry behind is read
-        there, table = to_device([numbers, host.table[:, :width]], self._device)
-        self._numbers[:, :rows].copy_(there)
-        self.page_table[:count, :width].copy_(table)
-
-    def write_parameters(self, step: Step) -> bool:
-        """How each row is sampled; where all are greedy, as in the step before, nothing has to be written.
-
-        Whether all rows are plain: see `SamplingRows.all_plain`.
-        """
-        before, self._sampling = self._sampling, self._sampling.following(step.sampling)
-        if not self._sampling.all_greedy:
-            (table,) = to_device([self._sampling.parameters(step.kv_lens)], self._device)
-            self.parameters[: len(table)].copy_(table)
-        elif not before.all_greedy:
-            self.parameters.zero_()  # all rows, for a later step of more may be greedy too and write nothing
-        return self._sampling.all_plain(step.kv_lens)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Graph:
     """One recorded step."""
 
     graph: torch.cuda.CUDAGraph
+    inputs: GraphInputs
     attend: StepAttention
+    batches: list[Batch]
+    """What it was recorded with: one a phase, in the order of their tokens."""
     hidden: Tensor
-    """[rows, hidden_size], of the last replay. Logits are not held: a tensor that is could not be reused by other
-    graphs, and those of a large vocabulary add up to gigabytes."""
+    """[rows that may be sampled, hidden_size], of the last replay. Logits are not held: a tensor that is could not be
+    reused by other graphs, and those of a large vocabulary add up to gigabytes."""
+    sampled: Tensor
+    """[rows that may be sampled] int64, where all graphs leave them."""
 
 
-class DecodeGraphs:
-    """Replays steps of decodes; records a graph the first time that its size is needed.
+class StepGraphs:
+    """Replays steps; records a graph the first time that its size is needed.
 
-    k_pages, v_pages  as in Runner
-    sampler           a fused one, for sampling is part of the graph
+    pools    as in Runner: keys and values of every layer
+    sampler  a fused one, for sampling is part of the graph
     """
 
     def __init__(
@@ -145,10 +71,13 @@ class DecodeGraphs:
         limits: GraphLimits,
     ) -> None:
         self._model, self._attention, self._pools, self._sampler = model, attention, pools, sampler
-        self._limits, self._sizes = limits, limits.sizes()
-        self._static = StaticInputs(limits, pools[0][0].device)
-        self._graphs: dict[tuple[int, int, tuple[AttentionBackend[Any], ...]], _Graph] = {}
-        self._memory: Any = torch.cuda.graph_pool_handle()
+        self._limits, device, most = limits, pools[0][0].device, limits.max_num_seqs
+        self._static, self._returns = StaticInputs(limits, device), Returns(2 * most, device)
+        self._sampled = torch.zeros(2 * most, dtype=torch.int64, device=device)
+        self._decode_starts = torch.arange(most + 1, dtype=torch.int32, device=device)
+        self._graphs: dict[_Key, _Graph] = {}
+        self._memory = graph_pool()
+        self._sampling = SamplingRows.of([])
 
     @staticmethod
     def refused(attention: Attention, sampler: Sampler) -> list[str]:
@@ -158,67 +87,131 @@ class DecodeGraphs:
             reasons += attention.graphs_refused(Phase.DECODE, backends)
         return list(dict.fromkeys(reasons))
 
-    def serves(self, step: Step, host: HostInputs) -> bool:
-        """Whether a step is of decodes alone, which all sample, attended to by backends that a graph may record."""
-        if not bool((host.q_lens == 1).all() and host.samples.all()):
-            return False
-        if len(host.q_lens) > self._limits.max_num_seqs or step.owed_logprobs:
-            return False
-        return not self._attention.graphs_refused(Phase.DECODE, self._serving(host))
+    @property
+    def sizes(self) -> list[GraphSize]:
+        """Those that have been recorded."""
+        return [key.size for key in self._graphs]
 
-    def begin(self, step: Step, host: HostInputs, last: LastSampled | None) -> Sampled:
-        """Replay the graph of a step that it `serves`; what is sampled stands in the same memory step after step."""
-        static, count = self._static, len(host.q_lens)
-        rows = next(size for size in self._sizes if size >= count)
+    def begin(self, step: Step, host: HostInputs, last: LastSampled | None) -> Sampled | HostCopy | None:
+        """Replay the graph of a step; what is sampled stands in the same memory step after step.
+
+        returns  where nothing is sampled, anything that is copied when the step is done; None where no graph serves
+                 the step, and nothing has been done
+        """
         kv_lens = host.kv_lens.tolist()
-        graph = self._graph(rows, self._limits.longest(max(kv_lens)), self._serving(host))
-        if last is not None and last.token_ids.data_ptr() != static.sampled.data_ptr():
-            static.sampled[: len(last.token_ids)].copy_(last.token_ids)
-        static.write(host, rows)
-        plain = static.write_parameters(step)
-        graph.attend.update(static.batch(rows, kv_lens + [0] * (rows - count), max(kv_lens)))
+        key = self._key(step, host, kv_lens)
+        if key is None:
+            return None
+        graph = self._graphs.get(key)
+        if graph is None:
+            if self._refuses(key):
+                return None
+            graph = self._graphs[key] = self._record(key)
+        if last is not None and last.token_ids.data_ptr() != self._sampled.data_ptr():
+            self._sampled[: len(last.token_ids)].copy_(last.token_ids)
+        count = len(step.sampling)
+        num_tokens = step.kv_lens if count == len(kv_lens) else step.kv_lens[step.samples]
+        self._sampling = self._sampling.following(step.sampling)
+        graph.inputs.write(host, self._sampling, num_tokens)
+        graph.attend.update(*_batches_now(graph.batches, key.size, host, kv_lens))
         graph.graph.replay()
-        if plain:
-            return Sampled(static.sampled[:count], step.sampling)
+        if not count:
+            return HostCopy([graph.hidden[:1, :1]])
+        if self._sampling.all_plain(num_tokens):
+            return Sampled(graph.sampled, step.sampling, returns=self._returns)
         logits = self._model.logits(graph.hidden[:count])  # a second time, for those who ask more than the token
         sampled = self._sampler.sample(logits, step.sampling)
-        static.sampled[:count].copy_(sampled.token_ids)
+        self._sampled[:count].copy_(sampled.token_ids)
         return sampled
 
-    def _serving(self, host: HostInputs) -> tuple[AttentionBackend[Any], ...]:
-        return self._attention.serving(Phase.DECODE, Bucket(len(host.q_lens), 1, int(host.kv_lens.max())))
+    def _key(self, step: Step, host: HostInputs, kv_lens: list[int]) -> _Key | None:
+        """What would serve a step; None where none is recorded for its like."""
+        count, num_seqs = host.num_decodes, len(kv_lens)
+        if step.owed_logprobs or (count == num_seqs > len(step.sampling)):
+            return None
+        size = self._limits.size(count, len(host.token_ids) - count, num_seqs - count, max(kv_lens))
+        if size is None:
+            return None
+        decoding: Backends = ()
+        prefilling: Backends = ()
+        if count:
+            decoding = self._attention.serving(Phase.DECODE, Bucket(count, 1, max(kv_lens[:count])))
+        if count < num_seqs:
+            prompts = Bucket(num_seqs - count, int(host.q_lens.max()), max(kv_lens[count:]))
+            prefilling = self._attention.serving(Phase.PREFILL, prompts)
+        return _Key(size, decoding, prefilling)
 
-    def _graph(self, rows: int, longest: int, backends: tuple[AttentionBackend[Any], ...]) -> _Graph:
-        """The graph of so many rows of at most `longest` tokens, attended to by these."""
-        found = self._graphs.get((rows, longest, backends))
-        if found is None:
-            started = time.perf_counter()
-            found = self._graphs[rows, longest, backends] = self._capture(rows, longest, backends)
-            seconds = time.perf_counter() - started
-            names = ", ".join(dict.fromkeys(backend.name for backend in backends))
-            logger.debug("a graph of %d x %d with %s was recorded in %.2f s", rows, longest, names, seconds)
-        return found
+    def _refuses(self, key: _Key) -> bool:
+        """Whether some backend may not be recorded."""
+        refused = self._attention.graphs_refused
+        return bool(
+            (key.decoding and refused(Phase.DECODE, key.decoding))
+            or (key.prefilling and refused(Phase.PREFILL, key.prefilling))
+        )
 
-    def _capture(self, rows: int, longest: int, backends: tuple[AttentionBackend[Any], ...]) -> _Graph:
-        """Record a step; whatever compiles or chooses does so in a run before, of nothing but padding."""
-        static = self._static
-        sampled = static.sampled.clone()  # what the step before sampled is still wanted
-        static.clear()
-        batch = static.batch(rows, [longest] * rows, longest)
-        batches = {Phase.DECODE: (slice(0, rows), batch)}
-        attend = self._attention.begin_capture(*self._pools, static.slots[:rows], batches, {Phase.DECODE: backends})
-        graph, hidden = capture(lambda: self._compute(attend, rows), lambda: self._compute(attend, rows), self._memory)
-        static.sampled.copy_(sampled)
-        return _Graph(graph, attend, hidden)
+    def _record(self, key: _Key) -> _Graph:
+        """The graph of a key; whatever compiles or chooses does so in a run before, of nothing but padding."""
+        started, size = time.perf_counter(), key.size
+        if size.decodes and not key.decoding:
+            raise ValueError(f"{size.label}: nobody attends to the decodes")
+        inputs = GraphInputs(size, self._static)
+        sampled = self._sampled.clone()  # what the step before sampled is still wanted
+        inputs.clear()
+        batches = self._longest_batches(inputs)
+        backends = {Phase.DECODE: key.decoding, Phase.PREFILL: key.prefilling}
+        attend = self._attention.begin_capture(*self._pools, inputs["slots"], batches, backends)
+        graph, hidden = capture(
+            lambda: self._compute(attend, inputs), lambda: self._compute(attend, inputs), self._memory
+        )
+        self._sampled.copy_(sampled)
+        names = ", ".join(dict.fromkeys(backend.name for backend in key.decoding + key.prefilling))
+        logger.debug("a graph of %s with %s was recorded in %.2f s", size.label, names, time.perf_counter() - started)
+        recorded = [batch for _, batch in batches.values()]
+        return _Graph(graph, inputs, attend, recorded, hidden, self._sampled[: size.sampling])
 
-    def _compute(self, attend: StepAttention, rows: int) -> Tensor:
-        """From what is in the static tensors to sampled tokens; returns the hidden states behind them."""
-        static = self._static
-        static.kv_lens[:rows].copy_(static.kv_lens64[:rows])
-        sources = static.sources[:rows]
-        pending = static.sampled[sources.clamp(min=0)]
-        token_ids = torch.where(sources >= 0, pending, static.token_ids[:rows])
-        hidden: Tensor = self._model(token_ids, static.positions[:rows], attend)
+    def _longest_batches(self, inputs: GraphInputs) -> dict[Phase, tuple[slice, Batch]]:
+        """Tokens and sequences of each phase in the largest step that a size takes; one prompt may have all tokens."""
+        size, longest = inputs.size, inputs.size.longest
+        batches: dict[Phase, tuple[slice, Batch]] = {}
+        if size.decodes:
+            tensors = (self._decode_starts[: size.decodes + 1], inputs["decode_lens"], inputs["decode_table"])
+            ones, lens = [1] * size.decodes, [longest] * size.decodes
+            decodes = Batch(ones, lens, *tensors, 1, longest, self._limits.num_pages)
+            batches[Phase.DECODE] = slice(0, size.decodes), decodes
+        if size.prompts:
+            tensors = (inputs["cu_q_lens"], inputs["prompt_lens"], inputs["prompt_table"])
+            each, lens = size.tokens // size.prompts, [longest] * size.prompts
+            q_lens = [size.tokens - each * (size.prompts - 1), *[each] * (size.prompts - 1)]
+            prompts = Batch(q_lens, lens, *tensors, size.tokens, longest, self._limits.num_pages)
+            batches[Phase.PREFILL] = slice(size.decodes, size.decodes + size.tokens), prompts
+        return batches
+
+    def _compute(self, attend: StepAttention, inputs: GraphInputs) -> Tensor:
+        """From what is in the static arrays to sampled tokens; returns the hidden states behind them."""
+        sources = inputs["sources"]
+        pending = self._sampled[sources.clamp(min=0)]
+        token_ids = torch.where(sources >= 0, pending, inputs["token_ids"])
+        hidden: Tensor = self._model(token_ids, inputs["positions"], attend)
+        if inputs.size.prompts:
+            hidden = hidden[inputs["sampling_rows"]]
         logits = self._model.logits(hidden)
-        static.sampled[:rows].copy_(self._sampler.choose_fused(logits, static.parameters[:rows]))
+        self._sampled[: inputs.size.sampling].copy_(self._sampler.choose_fused(logits, inputs["parameters"]))
         return hidden
+
+
+def _batches_now(recorded: Items[Batch], size: GraphSize, host: HostInputs, kv_lens: list[int]) -> list[Batch]:
+    """The batches of a step that is padded to a size: other lengths, the same tensors."""
+    count, batches = host.num_decodes, []
+    if size.decodes:
+        padded = kv_lens[:count] + [0] * (size.decodes - count)
+        batches.append(_with_lens(recorded[0], recorded[0].q_lens_cpu, 1, padded))
+    if size.prompts:
+        unused = [0] * (size.prompts - (len(kv_lens) - count))
+        q_lens = host.q_lens[count:].tolist() + unused
+        batches.append(_with_lens(recorded[-1], q_lens, max(q_lens), kv_lens[count:] + unused))
+    return batches
+
+
+def _with_lens(batch: Batch, q_lens: list[int], max_q_len: int, kv_lens: list[int]) -> Batch:
+    tensors = batch.cu_q_lens, batch.kv_lens, batch.page_table
+    return Batch(q_lens, kv_lens, *tensors, max_q_len, max(kv_lens), batch.num_pages)

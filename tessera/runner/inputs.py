@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress
+from struct import pack
 from typing import NamedTuple
 
 import numpy as np
@@ -38,9 +40,9 @@ class StepInputs:
     """[sampling] int64: row of each one's last token."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class HostInputs:
-    """A step as arrays; a token's sequences stand as in the step."""
+    """A step as arrays, which are only read; tokens and sequences stand as in the step, decodes first."""
 
     q_lens: NDArray[np.int64]
     """[sequences] tokens that are new."""
@@ -56,8 +58,12 @@ class HostInputs:
     """[tokens]"""
     table: NDArray[np.int32]
     """[sequences, most pages or more]"""
+    table_version: int
+    """See PageTable."""
     samples: NDArray[np.bool_]
     """[sequences] whether the next token is sampled."""
+    num_decodes: int
+    """Sequences with one new token."""
 
 
 class LastSampled(NamedTuple):
@@ -74,6 +80,7 @@ class InputBuilder:
     def __init__(self, num_pages: int, page_size: int, device: torch.device) -> None:
         self._num_pages, self._page_size, self._device = num_pages, page_size, device
         self._page_table = PageTable()
+        self._rows: NDArray[np.int64] = np.arange(0)
 
     def build(self, step: Step, last: LastSampled | None = None) -> StepInputs:
         """The step's tokens, decodes first, each phase with its batch.
@@ -84,9 +91,9 @@ class InputBuilder:
 
     def bring_over(self, step: Step, host: HostInputs, last: LastSampled | None) -> StepInputs:
         """What `build_on_host` made of a step, on the device."""
-        q_lens, cu_q_lens = host.q_lens, np.concatenate([[0], np.cumsum(host.q_lens)])
+        cu_q_lens = np.concatenate([[0], np.cumsum(host.q_lens)])
         rows = cu_q_lens[1:][host.samples] - 1
-        parts = _parts(q_lens)
+        parts = _parts(host)
         arrays: list[Array] = [host.token_ids, host.positions, host.slots, rows, *_pending(host)]
         for part in parts.values():
             most_pages = -(-int(host.kv_lens[part].max()) // self._page_size)
@@ -105,25 +112,59 @@ class InputBuilder:
 
     def build_on_host(self, step: Step, last: LastSampled | None = None) -> HostInputs:
         """A step as arrays, before any of it goes to the device; they last until the next step's."""
-        q_lens, starts, num_tokens = step.q_lens, step.kv_lens - step.q_lens, int(step.q_lens.sum())
-        table = self._page_table.of(step.sequences, -(-step.kv_lens // self._page_size))
-        if num_tokens == len(q_lens):
-            rows, positions = np.arange(num_tokens), starts
-        else:
-            rows = np.repeat(np.arange(len(q_lens)), q_lens)
+        q_lens, page_size, num_seqs = step.q_lens, self._page_size, len(step.q_lens)
+        starts, num_tokens = step.kv_lens - q_lens, int(q_lens.sum())
+        if len(self._rows) < num_seqs:
+            self._rows = np.arange(num_seqs)
+        rows, positions, num_decodes = self._rows[:num_seqs], starts, num_seqs
+        if num_tokens > num_seqs:
+            num_decodes = int((q_lens == 1).sum())
+            rows = np.repeat(rows, q_lens)
             positions = np.arange(num_tokens) - np.repeat(np.cumsum(q_lens) - q_lens - starts, q_lens)
-        pages = table[rows, positions // self._page_size].astype(np.int64)
-        token_ids, sources = _token_ids(step, last)
+        numbers = positions // page_size  # of pages within their sequences
+        counts = numbers + 1 if num_tokens == num_seqs else -(-step.kv_lens // page_size)
+        table = self._page_table.of(step.sequences, counts)
+        token_ids, sources = self._token_ids(step, last, num_tokens)
         return HostInputs(
             q_lens=q_lens,
             kv_lens=step.kv_lens,
             token_ids=token_ids,
             sources=sources,
             positions=positions,
-            slots=pages * self._page_size + positions % self._page_size,
+            slots=(table[rows, numbers].astype(np.int64) - numbers) * page_size + positions,
             table=table,
+            table_version=self._page_table.version,
             samples=step.samples,
+            num_decodes=num_decodes,
         )
+
+    def _token_ids(
+        self, step: Step, last: LastSampled | None, num_tokens: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """[tokens] the token ids, 0 where one is pending; [tokens] where those stand in `last`, -1 for all others."""
+        num_seqs = len(step.pending)
+        if step.pending.all():  # as wherever steps of decodes overlap: the only new token of each
+            return np.zeros(num_seqs, np.int64), self._sources(step.sequences, last)
+        known = bytearray()
+        lens, ends, pending = step.q_lens.tolist(), step.kv_lens.tolist(), step.pending.tolist()
+        for sequence, q_len, end, is_pending in zip(step.sequences, lens, ends, pending):
+            count = q_len - is_pending
+            known += pack(f"{count}q", *sequence.token_ids[end - q_len : end - is_pending])
+        sources = np.full(num_tokens, -1)
+        if len(known) == 8 * num_tokens:
+            return np.frombuffer(known, np.int64), sources
+        token_ids = np.zeros(num_tokens, np.int64)
+        targets = np.cumsum(step.q_lens)[step.pending] - 1
+        sources[targets] = self._sources(list(compress(step.sequences, pending)), last)
+        token_ids[sources < 0] = np.frombuffer(known, np.int64)
+        return token_ids, sources
+
+    def _sources(self, sequences: list[Sequence], last: LastSampled | None) -> NDArray[np.int64]:
+        """[sequences] where each one's pending token stands in `last`."""
+        before = last.sequences if last is not None else []
+        rows = self._rows[: len(sequences)] if sequences is before else rows_among(sequences, before)
+        assert (rows >= 0).all(), "a token is pending that the step before has not sampled"
+        return rows
 
     def _batch(self, host: HostInputs, part: slice, cu_q_lens: Tensor, kv_lens: Tensor, table: Tensor) -> Batch:
         q_lens_cpu, kv_lens_cpu = host.q_lens[part].tolist(), host.kv_lens[part].tolist()
@@ -139,35 +180,11 @@ class InputBuilder:
         )
 
 
-def _parts(q_lens: NDArray[np.int64]) -> dict[Phase, slice]:
+def _parts(host: HostInputs) -> dict[Phase, slice]:
     """The sequences of each phase that is there."""
-    num_decodes = int((q_lens == 1).sum())  # they stand first
-    parts = {Phase.DECODE: slice(0, num_decodes), Phase.PREFILL: slice(num_decodes, len(q_lens))}
+    num_decodes = host.num_decodes
+    parts = {Phase.DECODE: slice(0, num_decodes), Phase.PREFILL: slice(num_decodes, len(host.q_lens))}
     return {phase: part for phase, part in parts.items() if part.stop > part.start}
-
-
-def _token_ids(step: Step, last: LastSampled | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """[tokens] the token ids, 0 where one is pending; [tokens] where those stand in `last`, -1 for all others."""
-    if step.pending.all():  # as wherever steps of decodes overlap: the only new token of each
-        return np.zeros(len(step.pending), np.int64), _sources(step.sequences, last)
-    known: list[int] = []
-    for row in np.nonzero(~step.pending | (step.q_lens > 1))[0].tolist():
-        end = step.kv_lens[row]
-        known += step.sequences[row].token_ids[end - step.q_lens[row] : end]
-    token_ids, sources = np.zeros((2, int(step.q_lens.sum())), np.int64)
-    targets = np.cumsum(step.q_lens)[step.pending] - 1
-    sources[:] = -1
-    sources[targets] = _sources([step.sequences[row] for row in np.nonzero(step.pending)[0].tolist()], last)
-    token_ids[sources < 0] = known
-    return token_ids, sources
-
-
-def _sources(sequences: list[Sequence], last: LastSampled | None) -> NDArray[np.int64]:
-    """[sequences] where each one's pending token stands in `last`."""
-    before = last.sequences if last is not None else []
-    rows = np.arange(len(sequences)) if sequences is before else rows_among(sequences, before)
-    assert (rows >= 0).all(), "a token is pending that the step before has not sampled"
-    return rows
 
 
 def _pending(host: HostInputs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -16,13 +16,18 @@ class PageTable:
     """Remembers the step before: a decoding sequence gets a new page once in `page_size` steps.
 
     A sequence is known by the list that its pages are in: one that was preempted has a new list.
+
+    version  another number after every call that has changed an entry or a row's place: who has copied the table has
+             to do so again
     """
 
     def __init__(self) -> None:
+        self.version = 0
         self._sequences: list[Sequence] = []
         self._lists: list[list[int]] = []
         self._counts: NDArray[np.int64] = np.zeros(0, np.int64)
         self._table: NDArray[np.int32] = np.zeros((0, 0), np.int32)
+        self._width = 0
 
     def of(self, sequences: list[Sequence], counts: NDArray[np.int64]) -> NDArray[np.int32]:
         """[sequences, most pages or more] int32, zero where a sequence has no page; overwritten by the next call.
@@ -35,11 +40,14 @@ class PageTable:
             self._sequences = sequences
         elif counts.max() > self._table.shape[1]:
             self._arrange(self._lists, int(counts.max()))
-        for row in np.nonzero(counts > self._counts)[0].tolist():
-            first, last = int(self._counts[row]), int(counts[row])
-            self._table[row, first:last] = self._lists[row][first:last]
-        self._counts = np.maximum(counts, self._counts)
-        return self._table
+        more = counts > self._counts
+        if more.any():
+            for row in more.nonzero()[0].tolist():
+                first, last = int(self._counts[row]), int(counts[row])
+                self._table[row, first:last] = self._lists[row][first:last]
+            self._counts = np.maximum(counts, self._counts)
+            self._changed()
+        return self._table[:, : self._width]
 
     def _arrange(self, lists: list[list[int]], most_pages: int) -> None:
         """Rows in the order of these lists; those that were not in the step before hold no page yet."""
@@ -53,3 +61,8 @@ class PageTable:
         table[kept, :shared] = self._table[before[kept], :shared]
         counts[kept] = np.minimum(self._counts[before[kept]], shared)
         self._table, self._counts, self._lists = table, counts, lists
+        self._changed()
+
+    def _changed(self) -> None:
+        self.version += 1
+        self._width = int(self._counts.max())

@@ -14,6 +14,8 @@ from tessera.runner.rows import rows_among
 from tessera.types import Sequence
 
 _NEVER = 2**62
+_AHEAD = 16
+"""Tokens of each row whose random numbers are made together, where rows stay from step to step."""
 
 
 class SamplingRows:
@@ -27,7 +29,10 @@ class SamplingRows:
         self.sequences = sequences
         self._table, self._numbers = table, numbers
         self._random = table[:, 0] > 0
-        self.all_greedy = not self._random.any()
+        self._all_greedy = not self._random.any()
+        self._always_plain = bool((numbers[2] <= numbers[1]).all())
+        self._first: NDArray[np.uint64] | None = None
+        self._draws: NDArray[np.float64] = np.zeros((0, len(table)))
 
     @classmethod
     def of(cls, sequences: Items[Sequence]) -> SamplingRows:
@@ -55,15 +60,40 @@ class SamplingRows:
 
         num_tokens  [rows] tokens that each sequence has, pending ones included
         """
-        table = self._table.copy()
-        mixed_seeds, prompt, _ = self._numbers
-        positions = num_tokens.view(np.uint64) - prompt
-        np.copyto(table[:, 4], _uniform(mixed_seeds, positions), where=self._random)
+        table = np.empty_like(self._table)
+        self.write(table, num_tokens)
         return table
+
+    def write(self, table: NDArray[np.float64], num_tokens: NDArray[np.int64]) -> None:
+        """`parameters` into the first rows of a table, zeros into the others.
+
+        table  [rows or more, 5] float64
+        """
+        count = len(self._table)
+        table[:count], table[count:] = self._table, 0
+        if not self._all_greedy:
+            table[:count, 4] = self._drawn(num_tokens)
+
+    def _drawn(self, num_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+        """[1, rows] the random number of each row, 0 where it is greedy.
+
+        Made for the tokens that follow too once the same rows are asked for again: as a rule all go on by one.
+        """
+        tokens = num_tokens.view(np.uint64)
+        if self._first is not None:
+            ahead = tokens - self._first  # wraps around where it is behind
+            number = int(ahead[0])
+            if number < len(self._draws) and (ahead == number).all():
+                return self._draws[number : number + 1]
+        following = np.arange(1 if self._first is None else _AHEAD, dtype=np.uint64)
+        mixed_seeds, prompt, _ = self._numbers
+        self._first = tokens.copy()
+        self._draws = _uniform(mixed_seeds, tokens - prompt + following[:, None]) * self._random
+        return self._draws[:1]
 
     def all_plain(self, num_tokens: NDArray[np.int64]) -> bool:
         """Whether all rows' logits are sampled from as they are, and nothing but the token is asked."""
-        return bool((num_tokens.view(np.uint64) >= self._numbers[2]).all())
+        return self._always_plain or bool((num_tokens.view(np.uint64) >= self._numbers[2]).all())
 
 
 def parameters(sequences: Items[Sequence]) -> NDArray[np.float64]:

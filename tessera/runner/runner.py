@@ -9,10 +9,9 @@ from torch import Tensor
 
 from tessera.attention.step import Attention
 from tessera.model.language_model import LanguageModel
-from tessera.runner.graphs import DecodeGraphs
+from tessera.runner.graph_sizes import GraphLimits
+from tessera.runner.graphs import StepGraphs
 from tessera.runner.inputs import InputBuilder, LastSampled, StepInputs
-from tessera.runner.mixed_graphs import MixedGraphs
-from tessera.runner.mixed_inputs import MixedLimits
 from tessera.runner.sampler import Sampled, Sampler, logprob_entries, measure_logprobs
 from tessera.runner.transfer import HostCopy
 from tessera.step import Step, StepResult
@@ -52,17 +51,16 @@ class Runner:
         k_pages: Items[Tensor],
         v_pages: Items[Tensor],
         device: torch.device,
-        graph_limits: MixedLimits | None = None,
+        graph_limits: GraphLimits | None = None,
     ) -> None:
         self._model, self._attention = model, attention
         self._k_pages, self._v_pages = k_pages, v_pages
         self._inputs = InputBuilder(len(k_pages[0]), k_pages[0].shape[1], device)
         self._sampler = Sampler(model.spec.eos_token_ids, device)
         self._last: LastSampled | None = None
-        self._graphs: list[DecodeGraphs | MixedGraphs] = []
+        self._graphs: StepGraphs | None = None
         if graph_limits is not None:
-            given = (model, attention, (k_pages, v_pages), self._sampler)
-            self._graphs = [DecodeGraphs(*given, graph_limits.graphs), MixedGraphs(*given, graph_limits)]
+            self._graphs = StepGraphs(model, attention, (k_pages, v_pages), self._sampler, graph_limits)
 
     @torch.inference_mode()
     def begin(self, step: Step) -> RunningStep:
@@ -71,13 +69,12 @@ class Runner:
         A token that is pending is taken from the step that was begun before this one.
         """
         host = self._inputs.build_on_host(step, self._last)
-        for graphs in self._graphs:
-            if graphs.serves(step, host):
-                sampled = graphs.begin(step, host, self._last)
-                if isinstance(sampled, Sampled):
-                    self._last = LastSampled(step.sampling, sampled.token_ids)
-                return RunningStep(sampled, {})
-        return self._compute(step, self._inputs.bring_over(step, host, self._last))
+        sampled = None if self._graphs is None else self._graphs.begin(step, host, self._last)
+        if sampled is None:
+            return self._compute(step, self._inputs.bring_over(step, host, self._last))
+        if isinstance(sampled, Sampled):
+            self._last = LastSampled(step.sampling, sampled.token_ids)
+        return RunningStep(sampled, {})
 
     def _compute(self, step: Step, inputs: StepInputs) -> RunningStep:
         attend = self._attention.begin_step(self._k_pages, self._v_pages, inputs.slots, inputs.batches)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tessera.kernels.fused import fused_on
 from tessera.runner.parameters import is_adjusted, parameters, uniform
-from tessera.runner.transfer import HostCopy, to_device
+from tessera.runner.transfer import HostCopy, Returns, to_device
 from tessera.types import Sequence, TokenLogprobs
 
 _TOP_P_SHORTLIST = 1024
@@ -94,7 +94,9 @@ class Sampler:
 class Sampled:
     """What was sampled, on the device, and on its way to the host.
 
-    tops  of each row that wants logprobs, how many of the most likely tokens
+    token_ids  [sequences or more] int64
+    tops       of each row that wants logprobs, how many of the most likely tokens
+    returns    where token ids come back, if they alone are wanted; None: memory of their own
     """
 
     def __init__(
@@ -103,13 +105,16 @@ class Sampled:
         sequences: Items[Sequence],
         tops: dict[int, int] | None = None,
         logprobs: tuple[Tensor, ...] = (),
+        returns: Returns | None = None,
     ) -> None:
         self.token_ids = token_ids
         self._sequences, self._tops = sequences, tops or {}
-        self._copy = HostCopy([token_ids, *logprobs])
+        self._copy = HostCopy([token_ids, *logprobs]) if returns is None else returns.copy(token_ids)
 
     def result(self) -> tuple[list[int], dict[Sequence, TokenLogprobs]]:
         """The token ids, and logprobs of the sequences that asked for them; waits for the device."""
+        if not isinstance(self._copy, HostCopy):
+            return self._copy.wait()[: len(self._sequences)], {}
         tensor, *logprobs = self._copy.wait()
         token_ids: list[int] = tensor.tolist()
         entries = logprob_entries([token_ids[row] for row in self._tops], logprobs, list(self._tops.values()))

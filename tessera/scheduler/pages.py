@@ -34,7 +34,12 @@ class PagePool:
         """
         if num_pages > self.num_available:
             raise ValueError(f"{num_pages} pages asked, {self.num_available} available")
-        return [self._take_one() for _ in range(num_pages)]
+        free, counts = self._free, self._counts
+        taken = free[: -num_pages - 1 : -1] if num_pages else []
+        del free[len(free) - len(taken) :]
+        for page in taken:
+            counts[page] = 1
+        return taken + [self._take_back() for _ in range(num_pages - len(taken))]
 
     def hold(self, pages: Iterable[int]) -> None:
         """Hold pages that are held or remembered already, for one more sequence."""
@@ -58,11 +63,13 @@ class PagePool:
             else:
                 self._remembered[page] = None
 
-    def remember(self, page: int, page_hash: bytes) -> None:
-        """Let a held, full page be found by `page_hash`; the first page with that hash stays the one found."""
-        if self._hashes[page] is None and page_hash not in self._pages_by_hash:
-            self._hashes[page] = page_hash
-            self._pages_by_hash[page_hash] = page
+    def remember(self, pages: Iterable[int], page_hashes: Iterable[bytes]) -> None:
+        """Let held, full pages be found by their hashes; the first page with a hash stays the one found."""
+        hashes, found = self._hashes, self._pages_by_hash
+        for page, page_hash in zip(pages, page_hashes):
+            if hashes[page] is None and page_hash not in found:
+                hashes[page] = page_hash
+                found[page_hash] = page
 
     def find(self, page_hash: bytes) -> int | None:
         """The held or remembered page with this hash; it may be lost unless it is held next."""
@@ -89,14 +96,12 @@ class PagePool:
             assert self._hashes[page] == page_hash, "a hash finds a page that is not its own"
             assert page not in free, "a free page can be found"
 
-    def _take_one(self) -> int:
-        if self._free:
-            page = self._free.pop()
-        else:
-            page, _ = self._remembered.popitem(last=False)
-            page_hash = self._hashes[page]
-            assert page_hash is not None, "only pages with a hash are remembered"
-            del self._pages_by_hash[page_hash]
-            self._hashes[page] = None
+    def _take_back(self) -> int:
+        """Hold the remembered page that was used least recently, which is found no more."""
+        page, _ = self._remembered.popitem(last=False)
+        page_hash = self._hashes[page]
+        assert page_hash is not None, "only pages with a hash are remembered"
+        del self._pages_by_hash[page_hash]
+        self._hashes[page] = None
         self._counts[page] = 1
         return page

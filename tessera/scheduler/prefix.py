@@ -10,8 +10,6 @@ from __future__ import annotations
 from hashlib import blake2b
 from struct import Struct
 
-import numpy as np
-
 from tessera.scheduler.pages import PagePool
 from tessera.step import Step
 from tessera.types import Sequence
@@ -25,7 +23,7 @@ class PrefixCache:
 
     def __init__(self, pool: PagePool, page_size: int, *, enabled: bool) -> None:
         self._pool, self._page_size, self._enabled = pool, page_size, enabled
-        self._pack = Struct(f"{page_size}q").pack
+        self._pack_page = Struct(f"{page_size}q").pack
 
     def find(self, sequence: Sequence) -> list[int]:
         """The longest run of pages that hold the beginning of `sequence`, not yet held for it.
@@ -47,20 +45,27 @@ class PrefixCache:
         """Let the pages that a step has filled be found by later sequences; its last tokens are known."""
         if not self._enabled:
             return
-        first, last = (step.kv_lens - step.q_lens) // self._page_size, step.kv_lens // self._page_size
-        rows = np.nonzero(first < last)[0]
-        for row, start, end in zip(rows.tolist(), first[rows].tolist(), last[rows].tolist()):
+        rows = (step.kv_lens % self._page_size < step.q_lens).nonzero()[0]  # those that have come past a page's end
+        if not len(rows):
+            return
+        q_lens, kv_lens = step.q_lens[rows], step.kv_lens[rows]
+        first, last = (kv_lens - q_lens) // self._page_size, kv_lens // self._page_size
+        for row, start, end in zip(rows.tolist(), first.tolist(), last.tolist()):
             sequence = step.sequences[row]
             if sequence.finished or not sequence.pages:  # one preempted since holds none
                 continue
             self._extend_hashes(sequence, end)
-            for index in range(start, end):
-                self._pool.remember(sequence.pages[index], sequence.page_hashes[index])
+            self._pool.remember(sequence.pages[start:end], sequence.page_hashes[start:end])
 
     def _extend_hashes(self, sequence: Sequence, num_pages: int) -> None:
         """Make `sequence.page_hashes` cover its first `num_pages` full pages."""
         hashes, page_size = sequence.page_hashes, self._page_size
-        for start in range(len(hashes) * page_size, num_pages * page_size, page_size):
-            tokens = self._pack(*sequence.token_ids[start : start + page_size])
-            parent = hashes[-1] if hashes else b"tessera"
-            hashes.append(blake2b(parent + tokens, digest_size=16).digest())
+        start, end = len(hashes) * page_size, num_pages * page_size
+        if start >= end:
+            return
+        pack_all = self._pack_page if end - start == page_size else Struct(f"{end - start}q").pack
+        tokens = pack_all(*sequence.token_ids[start:end])
+        parent, width = hashes[-1] if hashes else b"tessera", 8 * page_size
+        for first in range(0, len(tokens), width):
+            parent = blake2b(parent + tokens[first : first + width], digest_size=16).digest()
+            hashes.append(parent)

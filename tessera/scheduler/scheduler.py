@@ -152,7 +152,7 @@ class Scheduler:
         most_pages = len(self._running) + self._num_pages(self.limits.max_num_batched_tokens)
         if self.pool.num_available < most_pages and any(sequence.num_pending for sequence in self._running):
             return True
-        return any(sequence.needs_results and sequence.pages for sequence in self._demanding)
+        return bool(self._demanding) and any(each.needs_results and each.pages for each in self._demanding)
 
     def sequences(self) -> Iterator[Sequence]:
         """Every sequence that is running or waiting."""
@@ -173,6 +173,8 @@ class Scheduler:
         """Reserve the pages that decodes begin; leaves out those whose pending token is their last."""
         self._decodes.remove_full()
         sequences = self._decodes.at_page_end(self.limits.page_size)
+        if not sequences:
+            return
         if len(sequences) <= self.pool.num_available:
             for sequence, page in zip(sequences, self.pool.take(len(sequences))):
                 sequence.pages.append(page)
@@ -184,6 +186,8 @@ class Scheduler:
 
     def _schedule_prompts(self, chunks: dict[Sequence, int]) -> None:
         """Plan chunks of running prompts, those of one token first."""
+        if not self._prompts:
+            return
         remaining = {s: len(s.token_ids) - s.num_computed_tokens for s in self._prompts}
         for sequence in sorted(self._prompts, key=lambda each: remaining[each] > 1):
             num_tokens = min(remaining[sequence], self._budget(chunks))
@@ -222,6 +226,8 @@ class Scheduler:
 
     def _admit(self, chunks: dict[Sequence, int]) -> None:
         """Start waiting sequences, in order, while budget, places and pages last."""
+        if not self._waiting:
+            return
         budget = self._budget(chunks)
         while self._waiting and budget > 0 and len(self._running) < self._max_running:
             sequence = self._waiting[0]

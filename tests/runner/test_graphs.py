@@ -13,9 +13,10 @@ from tessera.config import EngineConfig
 from tessera.engine.build import build_engine
 from tessera.engine.engine import Engine
 from tessera.errors import ConfigError
-from tessera.runner.graphs import GraphLimits, StaticInputs
+from tessera.runner.graph_sizes import GraphLimits, GraphSize
 from tessera.runner.inputs import InputBuilder
-from tessera.runner.parameters import parameters
+from tessera.runner.parameters import SamplingRows, parameters
+from tessera.runner.static_inputs import GraphInputs, StaticInputs
 from tessera.step import Step
 from tessera.types import Request, Sequence
 
@@ -59,41 +60,53 @@ def run(engine: Engine, count: int) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("most", [1, 3, 7, 64, 256, 1000])
 def test_sizes_reach_the_most_sequences_and_pad_little(most: int) -> None:
-    sizes = GraphLimits(most, 100, 16, 100).sizes()
+    limits = GraphLimits(most, 100, 16, 100)
+    sizes = limits.decodes
     assert sizes == sorted(set(sizes)) and sizes[-1] == most
     for count in range(1, most + 1):
         size = next(size for size in sizes if size >= count)
         assert size - count <= max(3, count / 4)
+        assert limits.size(count, 0, 0, 77) == GraphSize(size, 0, 0, 100)
+    assert limits.size(most + 1, 0, 0, 77) is None
+
+
+def decodes(count: int, params: SamplingParams) -> tuple[Step, list[Sequence]]:
+    """A step of so many sequences of 21 tokens, each on two pages of 16."""
+    sequences = [
+        Sequence("r", i, [7] * 20 + [i], 1, params, seed=i, pages=[2 * i, 2 * i + 1], num_computed_tokens=20)
+        for i in range(count)
+    ]
+    return Step.of(dict.fromkeys(sequences, 1)), sequences
 
 
 def test_rows_of_a_greedy_step_keep_nothing_of_random_steps_before() -> None:
     """Also those that the step in between had not: eight random rows, then two greedy ones, then eight greedy ones."""
     static = StaticInputs(GraphLimits(8, 100, 16, 100), torch.device("cpu"))
+    builder, rows = InputBuilder(100, 16, torch.device("cpu")), SamplingRows.of([])
+    inputs = {count: GraphInputs(GraphSize(count, 0, 0, 100), static) for count in (4, 8)}
     params = {True: SamplingParams(temperature=0.0), False: SamplingParams(temperature=1.0, top_p=0.5)}
     for greedy, count in ((False, 8), (True, 2), (True, 8), (False, 3), (True, 1)):
-        sequences = [Sequence("r", i, [1], 1, params[greedy], i) for i in range(count)]
-        static.write_parameters(Step.of(dict.fromkeys(sequences, 1)))
-        assert static.parameters[:count].tolist() == parameters(sequences).tolist()
-        assert not greedy or not static.parameters.any()
+        step, sequences = decodes(count, params[greedy])
+        rows = rows.following(sequences)
+        written = inputs[4 if count <= 4 else 8]
+        written.write(builder.build_on_host(step), rows, step.kv_lens)
+        assert written["parameters"][:count].tolist() == parameters(sequences).tolist()
+        assert not written["parameters"][count:].any()
+        assert greedy != bool(written["parameters"].any())
 
 
 def test_a_step_is_written_to_the_first_rows_and_the_rest_is_padding() -> None:
     static = StaticInputs(GraphLimits(8, 64, 16, 100), torch.device("cpu"))
-    builder = InputBuilder(100, 16, torch.device("cpu"))
+    builder, inputs = InputBuilder(100, 16, torch.device("cpu")), GraphInputs(GraphSize(6, 0, 0, 64), static)
     for count in (5, 2):
-        sequences = [
-            Sequence("r", i, [7] * 20 + [i], 1, params=SamplingParams(), seed=0, pages=[2 * i, 2 * i + 1])
-            for i in range(count)
-        ]
-        for sequence in sequences:
-            sequence.num_computed_tokens = 20
-        static.write(builder.build_on_host(Step.of(dict.fromkeys(sequences, 1))), rows=6)
-        assert static.token_ids[:6].tolist() == [*range(count), *[0] * (6 - count)]
-        assert static.positions[:count].tolist() == [20] * count
-        assert static.slots[:6].tolist() == [16 * (2 * i + 1) + 4 for i in range(count)] + [-1] * (6 - count)
-        assert static.kv_lens64[:6].tolist() == [21] * count + [0] * (6 - count)
-        assert static.sources[:6].tolist() == [-1] * 6
-        assert static.page_table[:count, :2].tolist() == [[2 * i, 2 * i + 1] for i in range(count)]
+        step, sequences = decodes(count, SamplingParams())
+        inputs.write(builder.build_on_host(step), SamplingRows.of(sequences), step.kv_lens)
+        assert inputs["token_ids"].tolist() == [*range(count), *[0] * (6 - count)]
+        assert inputs["positions"].tolist() == [20] * count + [0] * (6 - count)
+        assert inputs["slots"].tolist() == [16 * (2 * i + 1) + 4 for i in range(count)] + [-1] * (6 - count)
+        assert inputs["decode_lens"].tolist() == [21] * count + [0] * (6 - count)
+        assert inputs["sources"].tolist() == [-1] * 6
+        assert inputs["decode_table"][:count, :2].tolist() == [[2 * i, 2 * i + 1] for i in range(count)]
 
 
 def test_graphs_are_refused_where_the_device_has_none() -> None:

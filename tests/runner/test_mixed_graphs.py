@@ -11,16 +11,18 @@ import torch
 
 from tessera import SamplingParams
 from tessera.attention.contract import Phase
-from tessera.runner.graphs import PADDING_SLOT, GraphLimits
+from tessera.runner.graph_sizes import GraphLimits, GraphSize
 from tessera.runner.inputs import InputBuilder
-from tessera.runner.mixed_inputs import MixedInputs, MixedLimits, MixedSize, padded, spans
 from tessera.runner.parameters import SamplingRows, parameters
+from tessera.runner.static_inputs import PADDING_SLOT, GraphInputs, StaticInputs, spans, storage_bytes
 from tessera.step import Step
 from tessera.types import Sequence
 from test_graphs import make_engine, needs_cuda, run
 
 PAGE_SIZE = 16
-LIMITS = MixedLimits(GraphLimits(max_num_seqs=40, max_model_len=1000, page_size=PAGE_SIZE, num_pages=500), 256, 10_000)
+LIMITS = GraphLimits(
+    max_num_seqs=40, max_model_len=1000, page_size=PAGE_SIZE, num_pages=500, most_tokens=256, most_rows=10_000
+)
 
 
 def sequence(number: int, computed: int, new: int, unknown: int = 0) -> Sequence:
@@ -44,10 +46,12 @@ def test_a_step_is_written_as_it_is_and_the_rest_is_padding() -> None:
     builder = InputBuilder(500, PAGE_SIZE, torch.device("cpu"))
     host = builder.build_on_host(step())
     size = LIMITS.size(2, 77, 3, 68)
-    assert size == MixedSize(16, 128, 4, 512)
-    storage = torch.full((spans(size, PAGE_SIZE)[-1].end,), 77, dtype=torch.uint8)
-    inputs = MixedInputs(size, PAGE_SIZE, storage)
-    inputs.write(padded(host, size, parameters(step().sampling), PAGE_SIZE))
+    assert size == GraphSize(16, 128, 4, 512)
+    static = StaticInputs(LIMITS, torch.device("cpu"))
+    for memory in (static.storage, *static.staging.buffers):
+        memory.fill_(77)
+    inputs = GraphInputs(size, static)
+    inputs.write(host, SamplingRows.of(step().sampling), host.kv_lens[host.samples])
     assert inputs["parameters"][:4].tolist() == parameters(step().sampling).tolist()
     assert not inputs["parameters"][4:].any()
     real = [0, 1, *range(16, 16 + 77)]
@@ -76,31 +80,31 @@ def test_a_step_that_samples_nothing_has_no_parameters() -> None:
 @pytest.mark.parametrize(
     ("step", "size"),
     [
-        ((0, 1, 1, 5), MixedSize(0, 64, 4, 512)),
-        ((17, 64, 4, 5), MixedSize(40, 64, 4, 512)),
-        ((3, 64, 5, 513), MixedSize(16, 256, 8, 1000)),  # one prompt more than the least takes
+        ((0, 1, 1, 5), GraphSize(0, 64, 4, 512)),
+        ((17, 64, 4, 5), GraphSize(40, 64, 4, 512)),
+        ((3, 64, 5, 513), GraphSize(16, 256, 8, 1000)),  # one prompt more than the least takes
         ((3, 257, 1, 600), None),
         ((3, 100, 30, 600), None),
     ],
 )
-def test_the_least_size_that_takes_a_step_is_its_size(step: tuple[int, int, int, int], size: MixedSize | None) -> None:
+def test_the_least_size_that_takes_a_step_is_its_size(step: tuple[int, int, int, int], size: GraphSize | None) -> None:
     assert LIMITS.size(*step) == size
 
 
 def test_steps_whose_padding_or_page_tables_cost_more_than_launching_are_launched() -> None:
-    limits = MixedLimits(GraphLimits(1024, 131072, PAGE_SIZE, 99999), 256, 1000)
-    assert limits.size(100, 20, 1, 500) == MixedSize(128, 64, 4, 512)
+    limits = GraphLimits(1024, 131072, PAGE_SIZE, 99999, 256, 1000)
+    assert limits.size(100, 20, 1, 500) == GraphSize(128, 64, 4, 512)
     assert limits.size(300, 20, 1, 500) is None  # 1024 rows, of which 720 are padding
     assert limits.size(100, 20, 1, 33000) is None  # 132 rows of 8,192 pages
     for size in (limits.size(100, 20, 1, 500), limits.size(0, 256, 8, 8000)):
-        assert size is not None and spans(size, PAGE_SIZE)[-1].end <= limits.num_bytes
+        assert size is not None and spans(size, PAGE_SIZE)[-1].end <= storage_bytes(limits)
 
 
 def test_prompts_that_take_the_device_longer_than_the_host_are_launched() -> None:
     small, large = 85_000_000, 7_000_000_000
-    assert MixedLimits.worth(LIMITS.graphs, 8192, small).most_tokens == 8192
-    assert MixedLimits.worth(LIMITS.graphs, 1000, small).most_tokens == 1024
-    assert MixedLimits.worth(LIMITS.graphs, 8192, large).most_tokens == 256
+    assert LIMITS.worth(8192, small).most_tokens == 8192
+    assert LIMITS.worth(1000, small).most_tokens == 1024
+    assert LIMITS.worth(8192, large).most_tokens == 256
 
 
 @needs_cuda
@@ -112,5 +116,5 @@ def test_replayed_prompts_give_the_tokens_of_launched_ones(overlap: bool) -> Non
     engine = make_engine(cuda_graphs=True, overlap=overlap, **settings)
     assert run(engine, 60) == launched
     executor: Any = engine._executor
-    sizes = {size for size, *_ in executor._runner._graphs[1]._graphs}
+    sizes = {size for size in executor._runner._graphs.sizes if size.prompts}
     assert len(sizes) >= 4 and any(not size.decodes for size in sizes)

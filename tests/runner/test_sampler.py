@@ -228,7 +228,6 @@ def test_rows_that_are_kept_say_what_rows_made_anew_say_whoever_comes_and_goes()
         kept = kept.following(list(alive))
         num_tokens = np.array([each.num_tokens for each in alive], np.int64)
         assert kept.parameters(num_tokens).tolist() == parameters(alive).tolist()
-        assert kept.all_greedy == all(each.params.greedy for each in alive)
         assert kept.all_plain(num_tokens) == all(each.num_output_tokens >= each.params.min_tokens for each in alive)
 
 
@@ -246,3 +245,14 @@ def test_whether_the_kernel_serves_is_decided_once_by_the_device(monkeypatch: py
     monkeypatch.setattr("tessera.runner.sampler.fused_on", lambda device: device.type == "cuda")
     assert Sampler([EOS], torch.device("cuda")).fused
     assert not Sampler([EOS], torch.device("cuda"), fused=False).fused
+
+
+def test_random_numbers_that_are_kept_are_those_made_anew_however_rows_go_on() -> None:
+    """By one each, by many, back, and each by another number; the same list of sequences all the time."""
+    rows = [Sequence("r", i, [1] * (5 + i), 5 + i, SamplingParams(temperature=float(i > 0)), i) for i in range(4)]
+    kept, num_tokens, random = SamplingRows.of(rows), np.array([5, 6, 7, 8]), Random(0)
+    for _ in range(300):
+        together = random.choice((1, 1, 1, 1, 1, 40, -3))
+        apart = [random.randrange(3) if random.random() < 0.1 else 0 for _ in rows]
+        num_tokens = np.maximum(num_tokens + together + apart, [5, 6, 7, 8])
+        assert kept.parameters(num_tokens).tolist() == SamplingRows.of(rows).parameters(num_tokens).tolist()
