@@ -32,10 +32,12 @@ from tessera.kernels.sampling_rows import BINS, CHUNK, MOST_PROGRAMS
 
 BLOCK = 2048
 """Logits that a program of the first three kernels looks at together, and has at least where rows are cut up."""
-LOGITS_PER_WARP = 256
+LOGITS_PER_WARP = 128
 """Of those, how many a warp has."""
+REGISTERS = 64
+"""Of a thread, at most: two programs of 16 warps have room on a multiprocessor then."""
 PROGRAMS_PER_PROCESSOR = 2
-"""Programs for each multiprocessor, at most, where rows are cut up: as many as their registers leave room for."""
+"""Programs for each multiprocessor, at most, where rows are cut up."""
 FINISH_BLOCK = 2048
 """Listed tokens that the program of `draw_kernel` looks at together."""
 FINISH_WARPS = 8
@@ -148,7 +150,7 @@ def _compiled(size: int, pdl: bool) -> tuple[Launch, Launch, Launch, Launch]:
     chunk = int(CHUNK)
     block = max(chunk, min(BLOCK, triton.next_power_of_2(size)))
     options = {"enable_fp_fusion": False} | launch_constants(pdl)
-    shared = {"CHUNKS": block // chunk, "num_warps": max(1, block // LOGITS_PER_WARP)} | options
+    shared = {"CHUNKS": block // chunk, "num_warps": block // LOGITS_PER_WARP, "maxnreg": REGISTERS} | options
     sums = triton.next_power_of_2(triton.cdiv(size, chunk))
     last = {"BLOCK": FINISH_BLOCK, "SUMS": sums, "num_warps": FINISH_WARPS} | options
     peak, weigh, list_ = (launch.fixed(**shared) for launch in _LAUNCH_SHARED)

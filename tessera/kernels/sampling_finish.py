@@ -2,7 +2,7 @@
 
 The bin in which a row is cut is known, and its tokens stand in a list. The least value that is kept is searched for
 among them: three pivots a pass, each with the count or the weight above it, until one value is left between pivots.
-So it is found exactly, as by sorting. Where the list had no room (150,000 equal logits, say) the passes are over the row.
+So it is found exactly, as by sorting. Where the list had no room (150,000 equal logits, say) passes are over the row.
 """
 
 # ruff: noqa: N803 -- what Triton compiles in is written in capitals
@@ -108,7 +108,7 @@ def _least_kept(
 
 @triton.jit
 def _mass(
-    source: tl.tensor, count: tl.tensor, peak: tl.tensor, rate: tl.tensor, min_p: tl.tensor, bin: tl.tensor,
+    source: tl.tensor, count: tl.tensor, peak: tl.tensor, rate: tl.tensor, min_p: tl.tensor, of_bin: tl.tensor,
     floor: tl.tensor, LIST: tl.constexpr, BLOCK: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """The weight of a bin's tokens from `floor` on."""
@@ -116,7 +116,7 @@ def _mass(
     for first in range(0, count, BLOCK):
         logs = _load_logs(source, first, count, peak, rate, LIST, BLOCK)
         units = weight_units(logs, min_p)
-        total += tl.where((bins_of(logs, units > 0) == bin) & (logs >= floor), units, 0)
+        total += tl.where((bins_of(logs, units > 0) == of_bin) & (logs >= floor), units, 0)
     return tl.sum(total, 0)
 
 
@@ -168,7 +168,7 @@ def _draw(
     """The first token up to which more than a share `draw` / 2^32 of all weight lies; -1 where there is no weight."""
     chunk = tl.arange(0, SUMS)
     row_chunks = tl.cdiv(size, CHUNK)
-    # .cg: read from L2, where other programs' sums are, and what was added to them; L1 may hold what stood there before.
+    # .cg: read from L2, where sums are added to; L1 may hold what stood there before.
     weights = tl.load(sums + chunk, mask=chunk < row_chunks, other=0, cache_modifier=".cg")
     total = tl.sum(weights, 0)
     # floor(total * draw / 2^32), in two parts because the product has more than 64 bits.

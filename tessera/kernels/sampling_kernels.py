@@ -1,4 +1,4 @@
-"""The kernels of sampling that a row's programs share: its peak, sums or a histogram, and a list of what is left to cut.
+"""The kernels of sampling that programs of a row share: its peak, sums or a histogram, a list of what is in doubt.
 
 Whatever programs add up are whole numbers, and what they list is looked at as a set: neither the order in which they
 come nor how many there are changes a token. What only saves work may be rounded, as long as it errs to one side.
@@ -37,6 +37,8 @@ from tessera.kernels.sampling_rows import (
 
 ZEROS: tl.constexpr = tl.constexpr(256)
 """Bins that a program sets to 0 together."""
+GROUPS: tl.constexpr = tl.constexpr(8)
+"""Groups that a program tells its tokens apart by where one is too few and CHUNK are more than needed."""
 
 
 @triton.jit
@@ -53,18 +55,22 @@ def _clear(
 
 
 @triton.jit
-def _at_least_so_many(largest: tl.tensor, peak: tl.tensor, top_k: tl.tensor, programs: tl.tensor) -> tl.tensor:
+def _at_least_so_many(
+    largest: tl.tensor, peak: tl.tensor, top_k: tl.tensor, programs: tl.tensor, CHUNKS: tl.constexpr
+) -> tl.tensor:
     """A logit that the k-th largest of the row is no less than, where all programs' answers are no less.
 
     largest  [chunks, CHUNK]: the largest logits of so many groups of a program's tokens
 
     Of k groups each has one token that is no less than the least of their largest; any k groups of the row will do.
     """
-    CHUNKS: tl.constexpr = largest.shape[0]
-    columns = tl.min(tl.max(largest, 0), 0)
+    of_column = tl.max(largest, 0)
+    few = tl.min(tl.max(tl.reshape(of_column, [GROUPS, CHUNK // GROUPS]), 1), 0)
+    columns = tl.min(of_column, 0)
     lanes = tl.min(tl.min(largest, 1), 0)
     found = tl.where(top_k <= programs * (CHUNKS * CHUNK), lanes, float("-inf"))
     found = tl.where(top_k <= programs * CHUNK, columns, found)
+    found = tl.where(top_k <= programs * GROUPS, few, found)
     return tl.where(top_k <= programs, peak, found)
 
 
@@ -94,12 +100,12 @@ def peak_kernel(
     mine = number * programs + program
     tl.store(peaks + mine, peak)
     tl.store(best + mine, tl.min(tl.min(tl.where(largest == peak, where, 2147483647), 1), 0))
-    temperature, min_p, top_k, top_p, cut_k, cut_p = load_cuts(parameters, number, size)
+    temperature, _, top_k, _, cut_k, cut_p = load_cuts(parameters, number, size)
     if cut_k | cut_p:
         _clear(counts, masses, marks, number, program, programs)
         logs = log_weights(largest, peak, 1.4426950408889634 / temperature)
         tl.store(weights + mine, tl.sum(tl.sum(tl.exp2(logs), 1), 0))
-        tl.store(bounds + mine, _at_least_so_many(largest, peak, top_k, programs))
+        tl.store(bounds + mine, _at_least_so_many(largest, peak, top_k, programs, CHUNKS))
 
 
 @triton.jit
@@ -132,7 +138,7 @@ def _fill_histogram(
     min_p: tl.tensor, lowest: tl.tensor, cut_k: tl.tensor, cut_p: tl.tensor, counts: tl.tensor, masses: tl.tensor,
     CHUNKS: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Add a program's tokens from `lowest` on to its row's histogram of tokens and of weight; returns all its weight."""
+    """Count a program's tokens from `lowest` on, and add up their weight, bin by bin; returns the weight of all."""
     total = tl.zeros([CHUNKS, CHUNK], tl.int64)
     for block in tl.range(0, num_blocks(size, programs, CHUNKS), num_stages=STAGES):
         _, token = my_tokens(block, program, programs, CHUNKS)
@@ -162,7 +168,7 @@ def weigh_kernel(
     wait_for_launch(PDL)
     number, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = logits + number * row_stride
-    temperature, min_p, top_k, top_p, cut_k, cut_p = load_cuts(parameters, number, size)
+    temperature, min_p, _, top_p, cut_k, cut_p = load_cuts(parameters, number, size)
     if program == 0:
         others = tl.arange(0, MOST_PROGRAMS)
         at, real = number * programs + others, others < programs
