@@ -96,8 +96,8 @@ def sample(
     """One token a row, decided by that row's logits and parameters alone; of equal largest logits the lowest id.
 
     logits      [rows, vocab] float32, rows contiguous; left as they are. NaN counts as -inf
-    parameters  [rows, 5] float64, contiguous, columns as PARAMETERS: temperature, 0 for the most likely token; top_k, 0 for all;
-                top_p, 1 for all; min_p, 0 for all; draw, in [0, 1) and a multiple of 2^-32
+    parameters  [rows, 5] float64, contiguous, columns as PARAMETERS: temperature, 0 for the most likely token; top_k,
+                0 for all; top_p, 1 for all; min_p, 0 for all; draw, in [0, 1) and a multiple of 2^-32
     pdl         see `dependent.py`; None: where `pdl_on`
     programs_per_row  programs that share a row, 1 to 128; None: as many as keep the device busy. Any gives the same
     room        tokens that the list of a row has room for; None: see LISTED_TOKENS. Any gives the same
