@@ -95,6 +95,11 @@ def within_one_bin(rows: int, size: int) -> Tensor:
     return torch.rand(rows, size, generator=torch.Generator().manual_seed(3)) * 0.01
 
 
+def nearly_even(rows: int, size: int) -> Tensor:
+    """Where a bound of what top-p drops would show if it were ten times too high."""
+    return torch.rand(rows, size, generator=torch.Generator().manual_seed(4))
+
+
 def one_part_alone(rows: int, size: int) -> Tensor:
     """All that is likely lies together, as a language's tokens may."""
     logits = random_logits(rows, size)
@@ -115,7 +120,7 @@ def with_infinities(rows: int, size: int) -> Tensor:
 @needs_kernels
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
-    "make", [random_logits, ties, with_gaps, within_one_bin, one_part_alone, of_any_size, with_infinities]
+    "make", [random_logits, ties, with_gaps, within_one_bin, nearly_even, one_part_alone, of_any_size, with_infinities]
 )
 @pytest.mark.parametrize("size", [300, 2 * BLOCK + 77])
 def test_tokens_are_those_of_sorting_in_whole_numbers(make: Any, size: int) -> None:
