@@ -3,7 +3,7 @@
 A row's result depends on that row alone: its logits, its parameters, its seed and how many tokens it
 has, never on what else is in the batch, on preemption or on the order of steps. So the random number
 is a hash of (seed, position), not the state of a generator, and the token is found by inverting the
-cumulative distribution over the vocabulary in its own order. On CUDA one kernel does this for all rows
+cumulative distribution over the vocabulary in its own order. On CUDA four kernels do this for all rows
 (`kernels.sampling`), without sorting; its tokens are those of the path below but where rounding tips a
 draw that falls on the border of two tokens.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -23,7 +24,10 @@ from triton_interpreter import (
 )
 
 pytest.importorskip("triton", reason="triton is not installed")
-from tessera.kernels.sampling import BLOCK, PARAMETERS, sample, sample_kernel
+from tessera.kernels.sampling import BLOCK, FINISH_BLOCK, FINISH_WARPS, LOGITS_PER_WARP, PARAMETERS, sample
+from tessera.kernels.sampling_finish import draw_kernel
+from tessera.kernels.sampling_kernels import list_kernel, peak_kernel, weigh_kernel
+from tessera.kernels.sampling_rows import CHUNK
 
 SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.0},
@@ -205,12 +209,30 @@ def test_a_row_has_the_same_token_in_any_batch() -> None:
     assert sample(logits[:0], table[:0]).shape == (0,)
 
 
+POINTERS = {
+    "logits": "*fp32", "parameters": "*fp64", "out": "*i64", "peaks": "*fp32", "best": "*i32", "weights": "*fp32",
+    "bounds": "*fp32", "totals": "*i64", "counts": "*i32", "masses": "*i64", "marks": "*i64", "sums": "*i64",
+    "values": "*fp32", "ids": "*i32",
+}  # fmt: skip
+
+
 @needs_compiler
-def test_it_compiles_for_hopper_with_wide_loads() -> None:
-    kinds = {"logits": "*fp32", "parameters": "*fp64", "out": "*i64"}
-    ptx = compile_for_hopper(sample_kernel, kinds, {"BLOCK": BLOCK, "BLOCKS": 64, "PDL": True}, 16)
-    assert "ld.global.v4.b32" in ptx
+@pytest.mark.parametrize("kernel", [peak_kernel, weigh_kernel, list_kernel, draw_kernel], ids=lambda k: k.__name__)
+def test_it_compiles_for_hopper_with_wide_loads(kernel: Any) -> None:
+    last = kernel is draw_kernel
+    constants: dict[str, Any] = {"BLOCK": FINISH_BLOCK, "SUMS": 2048} if last else {"CHUNKS": BLOCK // int(CHUNK)}
+    num_warps = FINISH_WARPS if last else BLOCK // LOGITS_PER_WARP
+    ptx = compile_for_hopper(kernel, POINTERS, constants | {"PDL": True}, num_warps)
+    assert "ld.global.v4.b32" in ptx if last else re.search(r"cp\.async\.cg\S* \[.*\], \[.*\], 0x10", ptx)
     assert loads_before_waiting(ptx) == 0
+
+
+@needs_compiler
+def test_what_was_added_to_sums_is_read_past_the_first_cache() -> None:
+    """The interpreter, which has no threads and no caches, would not notice."""
+    ptx = compile_for_hopper(draw_kernel, POINTERS, {"BLOCK": 2048, "SUMS": 2048, "PDL": True}, FINISH_WARPS)
+    added = max(ptx.rfind("red.global"), ptx.rfind("atom.global"))  # as the compiler likes; nobody reads what was there
+    assert "bar.sync" in ptx[added:] and "ld.global.cg" in ptx[ptx.index("bar.sync", added) :]
 
 
 @needs_cuda
