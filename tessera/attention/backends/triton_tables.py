@@ -26,7 +26,7 @@ _H200 = Tables(
             (256, Options(64, 32, 4, 3)),
         ),
         Phase.DECODE: (
-            (64, Options(0, 128, 2, 3, programs_per_sm=8, min_split=128, balanced_per_sm=8)),
+            (64, Options(0, 64, 2, 4, programs_per_sm=8, min_split=128, balanced_per_sm=8)),
             (128, Options(0, 64, 2, 5, programs_per_sm=2, min_split=256, balanced_per_sm=2)),
             (256, Options(0, 32, 4, 5, programs_per_sm=2, min_split=256, balanced_per_sm=4)),
         ),
@@ -39,7 +39,7 @@ _H200 = Tables(
         ),
     },
     many=(
-        (64, Options(0, 32, 1, 5, programs_per_sm=4, min_split=128, balanced_per_sm=8)),
+        (64, Options(0, 64, 2, 5, programs_per_sm=4, min_split=512, balanced_per_sm=8)),
         (128, Options(0, 32, 1, 4, programs_per_sm=4, min_split=256, balanced_per_sm=8)),
         (256, Options(0, 32, 4, 5, programs_per_sm=2, min_split=256, balanced_per_sm=4)),
     ),
