@@ -39,3 +39,13 @@ def capture(
     with torch.cuda.graph(graph, pool=pool):
         result = call()
     return graph, result
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory was full, be it that ending a capture then failed for another reason."""
+    while not isinstance(error, torch.OutOfMemoryError):
+        before = error.__cause__ or error.__context__
+        if before is None:
+            return False
+        error = before
+    return True

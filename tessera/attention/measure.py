@@ -1,7 +1,7 @@
 """Measured choice: every candidate timed on the model's own shapes, in sizes of step that occur.
 
 Times are of one layer with cold caches: keys are read from several pools in turn, on a GPU behind a
-write that fills its cache, and decoding as a CUDA graph where a backend allows one.
+write that fills its cache, and as a CUDA graph where a backend allows one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""How long one call of a bound backend takes, with cold caches; on a GPU decoding as a graph where it may be one."""
+"""How long one call of a bound backend takes, with cold caches; on a GPU as a graph where a backend allows one.
+
+Steps of such backends are replayed, or so large that nobody waits for their launches: those of others cost what
+launching them costs the host, where that is longer than the device is at work.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +99,7 @@ def time_call(
 
 def _time_on_cuda(backend: AttentionBackend[Any], inputs: Inputs, repeats: int, give_up_ms: float) -> CallTime:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    if backend.phase is Phase.DECODE and backend.limits[backend.phase].graphs:
+    if backend.phase is not Phase.VISION and backend.limits[backend.phase].graphs:
         plan = backend.plan_capture(inputs.batch)
         _, plan_ms = time_plan(lambda: backend.update_capture(plan, inputs.batch), min(5, repeats))
         graph = capture_runs(_runs(backend, plan, inputs), len(inputs.copies))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tessera.attention.contract import AttentionBackend, Batch, Phase
-from tessera.attention.cuda import capture, graph_pool
+from tessera.attention.cuda import capture, graph_pool, is_out_of_memory
 from tessera.attention.step import Attention, Bucket, StepAttention
 from tessera.log import logger
 from tessera.model.language_model import LanguageModel
@@ -76,6 +76,8 @@ class StepGraphs:
         self._sampled = torch.zeros(2 * most, dtype=torch.int64, device=device)
         self._decode_starts = torch.arange(most + 1, dtype=torch.int32, device=device)
         self._graphs: dict[_Key, _Graph] = {}
+        self._is_full = False
+        """Whether memory was too little for one graph: no other is recorded then."""
         self._memory = graph_pool()
         self._sampling = SamplingRows.of([])
 
@@ -104,9 +106,10 @@ class StepGraphs:
             return None
         graph = self._graphs.get(key)
         if graph is None:
-            if self._refuses(key):
+            graph = None if self._refuses(key) else self._record_if_room(key)
+            if graph is None:
                 return None
-            graph = self._graphs[key] = self._record(key)
+            self._graphs[key] = graph
         if last is not None and last.token_ids.data_ptr() != self._sampled.data_ptr():
             self._sampled[: len(last.token_ids)].copy_(last.token_ids)
         count = len(step.sampling)
@@ -149,13 +152,32 @@ class StepGraphs:
             or (key.prefilling and refused(Phase.PREFILL, key.prefilling))
         )
 
+    def _record_if_room(self, key: _Key) -> _Graph | None:
+        """The graph of a key; None where the device's memory is full: the step is launched, and those like it."""
+        if self._is_full:
+            return None
+        sampled = self._sampled.clone()  # what the step before sampled is still wanted
+        try:
+            return self._record(key)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._is_full = True
+            logger.warning(
+                "no memory is left to record a step of %s as a CUDA graph: it is launched, which is slower, and so are "
+                "others that were not recorded yet; hint: use a smaller --gpu-memory-utilization",
+                key.size.label,
+            )
+            return None
+        finally:
+            self._sampled.copy_(sampled)
+
     def _record(self, key: _Key) -> _Graph:
         """The graph of a key; whatever compiles or chooses does so in a run before, of nothing but padding."""
         started, size = time.perf_counter(), key.size
         if size.decodes and not key.decoding:
             raise ValueError(f"{size.label}: nobody attends to the decodes")
         inputs = GraphInputs(size, self._static)
-        sampled = self._sampled.clone()  # what the step before sampled is still wanted
         inputs.clear()
         batches = self._longest_batches(inputs)
         backends = {Phase.DECODE: key.decoding, Phase.PREFILL: key.prefilling}
@@ -163,7 +185,6 @@ class StepGraphs:
         graph, hidden = capture(
             lambda: self._compute(attend, inputs), lambda: self._compute(attend, inputs), self._memory
         )
-        self._sampled.copy_(sampled)
         names = ", ".join(dict.fromkeys(backend.name for backend in key.decoding + key.prefilling))
         logger.debug("a graph of %s with %s was recorded in %.2f s", size.label, names, time.perf_counter() - started)
         recorded = [batch for _, batch in batches.values()]

@@ -6,6 +6,7 @@ not sent, or lies in the wrong place, is another token.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from random import Random
@@ -261,3 +262,46 @@ def test_the_page_table_is_sent_only_when_an_entry_changed() -> None:
     assert driver.decode(one)
     one.pages = one.pages[::-1]  # preempted, and back in other pages
     assert driver.decode(one, anew=True)
+
+
+@pytest.mark.parametrize(("room", "ending"), [(0, False), (1, True), (2, False), (3, True), (4, False), (5, True)])
+def test_where_no_memory_is_left_for_a_graph_steps_are_launched(
+    room: int, ending: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those recorded before are replayed still; also where ending the capture fails for what the memory began."""
+    monkeypatch.setattr(sys.modules[__name__], "KINDS", [{"temperature": 0.0}])  # so that all steps overlap
+    launched = run(make_engine(200, replayed=False, overlap=False)[0], 3, {})
+    asked = 0
+
+    def capture_little(
+        call: Callable[[], Tensor], warm_up: Callable[[], object], pool: Any
+    ) -> tuple[CallAgain, Tensor]:
+        nonlocal asked
+        asked += 1
+        if asked <= room:
+            return capture_call(call, warm_up, pool)
+        warm_up()  # which writes over what the step before sampled
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            if ending:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr("tessera.runner.graphs.capture", capture_little)
+    engine, runner = make_engine(200, replayed=True, overlap=True)
+    found = run(engine, 3, {})
+    assert {name: told(outputs) for name, outputs in found.items()} == {
+        name: told(outputs) for name, outputs in launched.items()
+    }
+    assert runner._graphs is not None
+    assert (len(runner._graphs.sizes), asked) == (room, room + 1)
+    assert caplog.text.count("no memory is left to record") == 1
+
+
+def test_an_error_that_is_not_of_memory_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture_nothing(*_: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr("tessera.runner.graphs.capture", capture_nothing)
+    with pytest.raises(RuntimeError, match="illegal"):
+        run(make_engine(200, replayed=True, overlap=False)[0], 3, {})
