@@ -89,6 +89,7 @@ def sample(
     logits: Tensor,
     parameters: Tensor,
     *,
+    out: Tensor | None = None,
     pdl: bool | None = None,
     programs_per_row: int | None = None,
     room: int | None = None,
@@ -98,16 +99,18 @@ def sample(
     logits      [rows, vocab] float32, rows contiguous; left as they are. NaN counts as -inf
     parameters  [rows, 5] float64, contiguous, columns as PARAMETERS: temperature, 0 for the most likely token; top_k,
                 0 for all; top_p, 1 for all; min_p, 0 for all; draw, in [0, 1) and a multiple of 2^-32
+    out         [rows] int64, to be written; None: a new one
     pdl         see `dependent.py`; None: where `pdl_on`
     programs_per_row  programs that share a row, 1 to 128; None: as many as keep the device busy. Any gives the same
     room        tokens that the list of a row has room for; None: see LISTED_TOKENS. Any gives the same
-    returns     [rows] int64
+    returns     [rows] int64: `out`
 
     Tokens equal to the k-th are all kept. Weights below 2^-40 of the largest count as 0. ConfigError for other
     programs_per_row, or where room is less than 1.
     """
     rows, size = logits.shape
-    out = parameters.new_empty(rows, dtype=torch.int64)
+    if out is None:
+        out = parameters.new_empty(rows, dtype=torch.int64)
     if not rows:
         return out
     programs = _programs_per_row(rows, size, logits.device) if programs_per_row is None else programs_per_row

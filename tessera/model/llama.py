@@ -94,7 +94,7 @@ class Llama(LanguageModel):
     def __init__(self, spec: ModelSpec, placement: Placement, *, fused: bool | None = None) -> None:
         super().__init__(spec)
         self.embedding = Embedding(spec.vocab_size, spec.hidden_size, placement)
-        self.rope = RotaryEmbedding(_rope_of(spec), spec.head_dim, placement.device)
+        self.rope = RotaryEmbedding(_rope_of(spec), spec.head_dim, placement.device, fused=fused)
         self.layers = nn.ModuleList(LlamaLayer(spec, layer, placement, fused=fused) for layer in range(spec.num_layers))
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps, placement, fused=fused)
         self.head = Head(self.embedding, tied=spec.tie_word_embeddings, placement=placement)

@@ -209,15 +209,22 @@ class StepGraphs:
 
     def _compute(self, attend: StepAttention, inputs: GraphInputs) -> Tensor:
         """From what is in the static arrays to sampled tokens; returns the hidden states behind them."""
-        sources = inputs["sources"]
-        pending = self._sampled[sources.clamp(min=0)]
-        token_ids = torch.where(sources >= 0, pending, inputs["token_ids"])
+        token_ids = _known(inputs["token_ids"], inputs["sources"], self._sampled)
         hidden: Tensor = self._model(token_ids, inputs["positions"], attend)
         if inputs.size.prompts:
             hidden = hidden[inputs["sampling_rows"]]
         logits = self._model.logits(hidden)
-        self._sampled[: inputs.size.sampling].copy_(self._sampler.choose_fused(logits, inputs["parameters"]))
+        self._sampler.choose_fused(logits, inputs["parameters"], self._sampled[: inputs.size.sampling])
         return hidden
+
+
+def _known(token_ids: Tensor, sources: Tensor, sampled: Tensor) -> Tensor:
+    """[tokens] int64: see `kernels.step_begin.pending_tokens`, which serves on CUDA."""
+    if token_ids.is_cuda:
+        from tessera.kernels.step_begin import pending_tokens
+
+        return pending_tokens(token_ids, sources, sampled)
+    return torch.where(sources >= 0, sampled[sources.clamp(min=0)], token_ids)
 
 
 def _batches_now(recorded: Items[Batch], size: GraphSize, host: HostInputs, kv_lens: list[int]) -> list[Batch]:

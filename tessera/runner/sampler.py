@@ -83,12 +83,13 @@ class Sampler:
             chosen[rows] = _sample_random(logits[rows], [sequences[row] for row in random])
         return chosen
 
-    def choose_fused(self, logits: Tensor, table: Tensor) -> Tensor:
+    def choose_fused(self, logits: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
         """[rows] int64 token ids, by the kernel; logits are left as they are. For a `fused` sampler only.
 
         table  [rows, 5] float64: see `parameters`
+        out    [rows] int64, to be written; None: a new one
         """
-        return self._sample_fused(logits, table)
+        return self._sample_fused(logits, table, out=out)
 
 
 class Sampled:

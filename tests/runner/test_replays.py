@@ -118,13 +118,14 @@ def capture_call(call: Callable[[], Tensor], warm_up: Callable[[], object], pool
     return CallAgain(call, answer), answer
 
 
-def choose(_: Sampler, logits: Tensor, table: Tensor) -> Tensor:
+def choose(_: Sampler, logits: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
     """As the kernel, of temperature, top_k and draw alone."""
     temperature, top_k, draw = table[:, :1], table[:, 1].long().clamp(1, VOCAB_SIZE), table[:, 4:]
     floor = logits.sort(-1, descending=True).values.gather(1, top_k[:, None] - 1)
     kept = torch.where(logits >= floor, logits / temperature.clamp(min=1e-3), -torch.inf).double().softmax(-1)
     drawn = torch.searchsorted(kept.cumsum(-1), draw.contiguous(), right=True)[:, 0].clamp(max=VOCAB_SIZE - 1)
-    return torch.where(temperature[:, 0] > 0, drawn, logits.argmax(-1))
+    chosen = torch.where(temperature[:, 0] > 0, drawn, logits.argmax(-1))
+    return chosen if out is None else out.copy_(chosen)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from tessera.kernels.fused import fused_on
 from tessera.model.spec import Rope
 
 Rotation = tuple[Tensor, Tensor]
@@ -18,15 +19,22 @@ class RotaryEmbedding(nn.Module):
 
     There is no table: at 128 Ki positions one would weigh 64 MiB, while six small operations a step cost
     less than one layer's. The bits for a position do not depend on what else is in the step.
+
+    fused  whether a Triton kernel computes them, in one launch; None: wherever it runs
     """
 
-    def __init__(self, rope: Rope, head_dim: int, device: torch.device) -> None:
+    def __init__(self, rope: Rope, head_dim: int, device: torch.device, *, fused: bool | None = None) -> None:
         super().__init__()
+        self.fused = fused_on(device) if fused is None else fused
         self.frequencies = frequencies(rope, head_dim).to(device)
         self.attention_factor = rope.attention_factor
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """[tokens] int64 -> the tokens' rotations, computed in fp32 and rounded to `dtype`"""
+        if self.fused:
+            from tessera.kernels.step_begin import rotations
+
+            return rotations(positions, self.frequencies, self.attention_factor, dtype)
         angles = positions.to(torch.float32)[:, None, None] * self.frequencies
         cosine, sine = angles.cos(), angles.sin()
         if self.attention_factor != 1:
