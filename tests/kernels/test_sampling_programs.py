@@ -124,7 +124,9 @@ def with_infinities(rows: int, size: int) -> Tensor:
 )
 @pytest.mark.parametrize("size", [300, 2 * BLOCK + 77])
 def test_tokens_are_those_of_sorting_in_whole_numbers(make: Any, size: int) -> None:
-    logits, table = make(len(KINDS), size), make_table(KINDS)
+    # The interpreter takes long for many blocks: of those kinds that are searched for a cut, and one that is not.
+    kinds = KINDS if DEVICE == "cuda" or size < BLOCK else [*KINDS[1:4], KINDS[7], KINDS[12]]
+    logits, table = make(len(kinds), size), make_table(kinds)
     expected = [exact_token(*pair) for pair in zip(logits, table, strict=True)]
     found = tokens(logits, table)
     # A device's exp2 may differ by a last place, and a draw may fall in between.
@@ -135,13 +137,13 @@ def test_tokens_are_those_of_sorting_in_whole_numbers(make: Any, size: int) -> N
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("size", [40, 5 * 128, 2 * BLOCK + 77])
 def test_any_number_of_programs_gives_the_same_tokens(size: int) -> None:
-    kinds = [*KINDS[:4], *KINDS[7:9], *KINDS[11:13]]
+    kinds = [*KINDS[:4], *KINDS[7:9], *KINDS[11:13]] if DEVICE == "cuda" else [*KINDS[2:4], KINDS[7], KINDS[11]]
     logits, table = random_logits(len(kinds), size), make_table(kinds, seed=1)
     first = tokens(logits, table)
     for programs in (1, 2, 5):
         assert tokens(logits, table, programs_per_row=programs) == first
     # The interpreter takes long for many programs.
-    assert tokens(logits[3::4], table[3::4].contiguous(), programs_per_row=128) == first[3::4]
+    assert tokens(logits[1::2], table[1::2].contiguous(), programs_per_row=64) == first[1::2]
 
 
 @needs_kernels
