@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 from test_cli import SMALL, TESSERA, run
@@ -39,3 +41,26 @@ def test_serve_shows_each_reason_once_and_a_folder_that_cannot_be_written_once(t
     said = "".join(lines)
     assert said.count("not naive: ") == 2 and said.count("8 x 128: torch_sdpa") == 1, said  # 2: a reason for each phase
     assert said.count("is not kept") == 1 and "cannot be read" not in said
+
+
+ENGINE = """
+from tessera.config import EngineConfig
+from tessera.engine.build import build_engine
+settings = {"model": "dummy:135m", "device": "cpu", "max_model_len": 256, "num_pages": 20, "load_format": "dummy"}
+build_engine(EngineConfig.from_flat(settings | {"attention": "torch_sdpa"}))
+"""
+
+
+def test_an_engine_starts_without_the_packages_that_take_seconds_to_import(tmp_path: Path) -> None:
+    """transformers never; torch's compiler and what it needs only where `import torch` itself brings them in."""
+    ours = _imported_by(ENGINE, tmp_path)
+    assert "torch" in ours and "transformers" not in ours
+    slow = {"sympy", "scipy", "sklearn", "pandas", "torch._dynamo", "torch._inductor"}
+    assert not (ours & slow) - _imported_by("import torch", tmp_path)
+
+
+def _imported_by(code: str, cache: Path) -> set[str]:
+    code += "\nimport sys, json; print(json.dumps(sorted(sys.modules)))"
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return set(json.loads(done.stdout.splitlines()[-1]))

@@ -1,6 +1,6 @@
 """Which keys of a config.json are honoured; any other that looks as if it changed the computation is refused.
 
-transformers keeps unknown keys as attributes and computes without them, so the file itself is looked at.
+transformers keeps unknown keys as attributes and computes without them; here they stop the start.
 """
 
 from __future__ import annotations
@@ -11,46 +11,10 @@ from typing import Any
 
 from tessera.errors import ModelError
 from tessera.log import logger
+from tessera.model.hf_defaults import DEFAULTS
 from tessera.model.limits import MOST, check_size
 
-_DECODER = {
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "partial_rotary_factor",
-    "original_max_position_embeddings",
-}
-_QWEN = _DECODER | {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
-
-READ: dict[str, set[str]] = {
-    "llama": _DECODER | {"attention_bias", "mlp_bias"},
-    "mistral": _DECODER | {"sliding_window"},
-    "qwen2": _QWEN,
-    "qwen3": _QWEN | {"attention_bias"},
-    "gpt2": {
-        "vocab_size",
-        "n_positions",
-        "n_embd",
-        "n_layer",
-        "n_head",
-        "n_inner",
-        "activation_function",
-        "layer_norm_epsilon",
-        "scale_attn_weights",
-        "tie_word_embeddings",
-    },
-}
+READ: dict[str, set[str]] = {model_type: set(rows) for model_type, rows in DEFAULTS.items()}
 """model_type -> the keys its spec is made from."""
 
 HOLDS: dict[str, dict[str, Any]] = {
@@ -111,7 +75,7 @@ def check_keys(raw: Mapping[str, Any], model_type: str) -> None:
 def check_sizes(raw: Mapping[str, Any]) -> None:
     """Raise ModelError for the first size in a config.json that no model has, before anything is built from it."""
     for key, field in _SIZES.items():
-        if raw.get(key) is not None:  # null stands for transformers' default
+        if raw.get(key) is not None:  # whether null is allowed is a matter of the family
             check_size("config.json", key, raw[key], MOST[field])
 
 

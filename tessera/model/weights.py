@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tessera.errors import ModelError
+from tessera.model.hf_config import read_json
 from tessera.model.language_model import LanguageModel
 from tessera.model.slots import HEAD_NAME, Slots
-from tessera.model.spec_hf import read_json
 from tessera.model.threads import for_each
 
 _INDEX = "model.safetensors.index.json"
