@@ -126,3 +126,70 @@ def prefetch_tokens(
     column = tl.minimum(tl.arange(0, LINES) * (128 * HEAD_DIM // WIDTH), HEAD_DIM - 1)
     prefetch(k + (slot * k_stride)[:, None] + column[None, :])
     prefetch(v + (slot * v_stride)[:, None] + column[None, :])
+
+
+@triton.jit
+def read_old(
+    k: tl.tensor, v: tl.tensor, table_row: tl.tensor, start: tl.tensor, end: tl.tensor, first_new: tl.tensor,
+    k_stride: tl.tensor, v_stride: tl.tensor, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """What may be done about tokens start .. end before the wait for the kernel before, which writes the new ones.
+
+    Where EARLY, keys and values of the one block of those before `first_new`, [BLOCK_N, HEAD_PAD] each, zeros for the
+    others: in registers, not on their way when the wait is over. Else nothing that is read.
+    """
+    if EARLY:
+        token = start + tl.arange(0, BLOCK_N)
+        known = token < tl.minimum(end, first_new)
+        return load_tokens(k, v, table_row, token, known, k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE)
+    else:
+        if PDL:
+            prefetch_tokens(k, v, table_row, start, end, k_stride, v_stride, HEAD_DIM, PAGE_SIZE, BLOCK_N)
+        return start, start
+
+
+@triton.jit
+def begin_rows(
+    q: tl.tensor, sinks: tl.tensor, kv_head: tl.tensor, first_row: tl.tensor, num_rows: tl.tensor, first: tl.tensor,
+    q_stride: tl.tensor, Q_HEAD_STRIDE: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr, ROWS: tl.constexpr, SINKS: tl.constexpr,
+) -> tuple[tl.tensor, ...]:  # fmt: skip
+    """Rows of a tile, each a query of the sequence at q and a head of the group: number of its query [ROWS], the
+    queries [ROWS, HEAD_PAD], peak and total of no score yet [ROWS]; num_rows of them are real.
+    """
+    row = tl.arange(0, ROWS)
+    query, head = (first_row + row) // GROUP, kv_head * GROUP + (first_row + row) % GROUP
+    q_rows = query.to(tl.int64) * q_stride + head * Q_HEAD_STRIDE
+    q_tile = load_part(q, q_rows, row < num_rows, 0, HEAD_PAD, HEAD_DIM, True)
+    peak, total = begin_sums(sinks, head, row < num_rows, first, ROWS, SINKS)
+    return query, q_tile, peak, total
+
+
+@triton.jit
+def attend_span(
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, keys: tl.tensor, values: tl.tensor, table_row: tl.tensor,
+    start: tl.tensor, end: tl.tensor, first_new: tl.tensor, query: tl.tensor, peak: tl.tensor, total: tl.tensor,
+    scale_log2: tl.tensor, cap_log2: tl.tensor, k_stride: tl.tensor, v_stride: tl.tensor,
+    HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr, EARLY: tl.constexpr,
+) -> tuple[tl.tensor, ...]:  # fmt: skip
+    """`attend_tokens`; where EARLY of one block, whose old keys and values `read_old` has read."""
+    if EARLY:
+        token = start + tl.arange(0, BLOCK_N)
+        fresh = (token >= first_new) & (token < end)
+        new_keys, new_values = load_tokens(
+            k, v, table_row, token, fresh, k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE
+        )
+        acc, peak, total = attend_block(
+            q, tl.where(fresh[:, None], new_keys, keys), tl.where(fresh[:, None], new_values, values), token,
+            token < end, first_new + query, peak, total, scale_log2, cap_log2,
+            MASKED, CAUSAL, WINDOW, SOFT_CAP, PRECISION,
+        )  # fmt: skip
+    else:
+        return attend_tokens(
+            q, k, v, table_row, start, end, first_new + query, peak, total, scale_log2, cap_log2, k_stride, v_stride,
+            HEAD_DIM, HEAD_PAD, PAGE_SIZE, MASKED, CAUSAL, WINDOW, SOFT_CAP, ROWS, BLOCK_N, PRECISION, NUM_STAGES,
+        )  # fmt: skip
+    return acc, peak, total

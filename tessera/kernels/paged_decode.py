@@ -20,12 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tessera.kernels.decode_attend import attend_block, attend_tokens, begin_sums, load_tokens, prefetch_tokens
+from tessera.kernels.decode_attend import attend_span, begin_rows, read_old
 from tessera.kernels.decode_merge import Workspace, finish_part
 from tessera.kernels.decode_shares import Shares, lengths_block, own_span
 from tessera.kernels.dependent import launch_constants, let_next_start, pdl_on, wait_for_launch
 from tessera.kernels.launch import Launch, Launcher
-from tessera.kernels.packed import UNALIGNED, load_part
+from tessera.kernels.packed import UNALIGNED
 from tessera.kernels.scores import Scores
 
 
@@ -45,9 +45,8 @@ def paged_decode_kernel(
     PARTS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One split of one tile of rows of one key head of one sequence. Shapes as `paged_decode`.
-
-    Grid (kv heads * ROW_TILES, splits, seqs), or where lengths decide (SEQS > 0) (kv heads * ROW_TILES, units).
+    """One split of one tile of rows of one key head of one sequence; shapes as `paged_decode`. Grid (kv heads *
+    ROW_TILES, splits, seqs), or where lengths decide (SEQS > 0) (kv heads * ROW_TILES, units).
     """
     let_next_start(PDL)
     column = tl.program_id(0)
@@ -57,40 +56,23 @@ def paged_decode_kernel(
     )
     table_row, end = page_table + seq * table_stride, tl.minimum(start + size, kv_len)
     k_head, v_head = k + kv_head * K_HEAD_STRIDE, v + kv_head * V_HEAD_STRIDE
-    if EARLY:
-        # What was there before this step needs no waiting for; in registers, not on its way when the wait is over.
-        token = start + tl.arange(0, BLOCK_N)
-        known = token < tl.minimum(end, kv_len - q_len)
-        keys, values = load_tokens(
-            k_head, v_head, table_row, token, known, k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE
-        )
-    elif PDL:
-        prefetch_tokens(k_head, v_head, table_row, start, end, k_stride, v_stride, HEAD_DIM, PAGE_SIZE, BLOCK_N)
+    keys, values = read_old(
+        k_head, v_head, table_row, start, end, kv_len - q_len, k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE,
+        BLOCK_N, PDL, EARLY,
+    )  # fmt: skip
     wait_for_launch(PDL)
     if ((start >= kv_len) & (split > 0)) | (first_row >= q_len * GROUP):
         return
-    row = tl.arange(0, ROWS)
     num_rows = tl.minimum(q_len * GROUP - first_row, PART_ROWS)
-    query, head = (first_row + row) // GROUP, kv_head * GROUP + (first_row + row) % GROUP
-    q_rows = query.to(tl.int64) * q_stride + head * Q_HEAD_STRIDE
-    q_tile = load_part(q + begin * q_stride, q_rows, row < num_rows, 0, HEAD_PAD, HEAD_DIM, True)
-    peak, total = begin_sums(sinks, head, row < num_rows, split == 0, ROWS, SINKS)
-    if EARLY:
-        fresh = (token >= kv_len - q_len) & (token < end)
-        new_keys, new_values = load_tokens(
-            k_head, v_head, table_row, token, fresh, k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE
-        )
-        acc, peak, total = attend_block(
-            q_tile, tl.where(fresh[:, None], new_keys, keys), tl.where(fresh[:, None], new_values, values), token,
-            token < end, kv_len - q_len + query, peak, total, scale_log2, cap_log2,
-            QUERIES > 1, CAUSAL, WINDOW, SOFT_CAP, PRECISION,
-        )  # fmt: skip
-    else:
-        acc, peak, total = attend_tokens(
-            q_tile, k_head, v_head, table_row, start, end, kv_len - q_len + query, peak, total, scale_log2, cap_log2,
-            k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE, QUERIES > 1, CAUSAL, WINDOW, SOFT_CAP, ROWS, BLOCK_N,
-            PRECISION, NUM_STAGES,
-        )  # fmt: skip
+    query, q_tile, peak, total = begin_rows(
+        q + begin * q_stride, sinks, kv_head, first_row, num_rows, split == 0, q_stride, Q_HEAD_STRIDE, GROUP,
+        HEAD_DIM, HEAD_PAD, ROWS, SINKS,
+    )  # fmt: skip
+    acc, peak, total = attend_span(
+        q_tile, k_head, v_head, keys, values, table_row, start, end, kv_len - q_len, query, peak, total,
+        scale_log2, cap_log2, k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE, QUERIES > 1, CAUSAL, WINDOW, SOFT_CAP,
+        ROWS, BLOCK_N, PRECISION, NUM_STAGES, EARLY,
+    )  # fmt: skip
     divisor = tl.where(total > 0.0, total, 1.0)
     heads = tl.num_programs(0) // ROW_TILES
     target = out + (begin * heads + kv_head) * (GROUP * HEAD_DIM)

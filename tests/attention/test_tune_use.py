@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from tessera.attention.choose import build_attention
 from tessera.attention.contract import Phase
 from tessera.attention.tune import Wanted, search
 from tessera.attention.tune_store import Found, Part, Trial
-from tessera.attention.workloads import Workload, make_case
+from tessera.attention.workloads import Case, Workload, make_case
 from tessera.model import known_shapes
 from triton_interpreter import (
     DEVICE,
@@ -80,6 +81,11 @@ def test_in_the_interpreter() -> None:
     check_in_interpreter(__file__)
 
 
+def may_be_long(case: Case) -> Case:
+    """Planned for sequences so long that options decide how they are cut up, as a graph's may be."""
+    return replace(case, batch=replace(case.batch, max_kv_len=4096))
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     ("phase", "part", "options", "module", "function"),
@@ -106,6 +112,8 @@ def test_the_kernel_is_launched_with_what_was_tuned(
     lens = ((1, 70), (1, 3)) if part is not Part.MANY else ((1, 5),) * many
     lens = lens if phase is Phase.DECODE else ((37, 37), (5, 5))
     case = make_case(phase, Workload(lens), SHAPE)
+    if phase is Phase.DECODE:
+        case = may_be_long(case)
     assert case.problems(case.answer(Triton)) == []
     tune_store.write([(phase, part, case.shape, result(options))])
     assert case.problems(case.answer(Triton)) == []
@@ -115,14 +123,14 @@ def test_the_kernel_is_launched_with_what_was_tuned(
 
 @needs_kernels
 def test_splits_follow_what_was_tuned_for_as_many_sequences() -> None:
-    case = make_case(Phase.DECODE, Workload(((1, 200),)), SHAPE)
+    case = may_be_long(make_case(Phase.DECODE, Workload(((1, 200),)), SHAPE))
     tune_store.write([(Phase.DECODE, Part.MANY, case.shape, result(SPLITS))])
     untouched = Triton(Phase.DECODE, case.shape).plan(case.batch)
     tune_store.write([(Phase.DECODE, Part.FEW, case.shape, result(SPLITS))])
     plan = Triton(Phase.DECODE, case.shape).plan(case.batch)
     assert isinstance(untouched, DecodePlan) and isinstance(plan, DecodePlan)
     assert untouched.options != SPLITS == plan.options
-    assert plan.shares.min_split == 16 and plan.shares.num_splits > 1  # one block: multiprocessors would idle
+    assert plan.shares.min_split >= 16 and plan.shares.num_splits > 1
 
 
 @needs_kernels
