@@ -142,11 +142,12 @@ def read_old(
     if EARLY:
         token = start + tl.arange(0, BLOCK_N)
         known = token < tl.minimum(end, first_new)
-        return load_tokens(k, v, table_row, token, known, k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE)
+        keys, values = load_tokens(k, v, table_row, token, known, k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE)
     else:
         if PDL:
             prefetch_tokens(k, v, table_row, start, end, k_stride, v_stride, HEAD_DIM, PAGE_SIZE, BLOCK_N)
-        return start, start
+        keys, values = start, start
+    return keys, values
 
 
 @triton.jit
@@ -188,7 +189,7 @@ def attend_span(
             MASKED, CAUSAL, WINDOW, SOFT_CAP, PRECISION,
         )  # fmt: skip
     else:
-        return attend_tokens(
+        acc, peak, total = attend_tokens(
             q, k, v, table_row, start, end, first_new + query, peak, total, scale_log2, cap_log2, k_stride, v_stride,
             HEAD_DIM, HEAD_PAD, PAGE_SIZE, MASKED, CAUSAL, WINDOW, SOFT_CAP, ROWS, BLOCK_N, PRECISION, NUM_STAGES,
         )  # fmt: skip
