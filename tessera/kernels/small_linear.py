@@ -14,6 +14,7 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
@@ -86,7 +87,9 @@ def small_linear(
     num_weight_rows, num_inputs = weight.shape
     parts = (norm is not None, bias is not None, residual is not None, gated)
     with_pdl = pdl_on(x.device) if pdl is None else pdl
-    launch, programs = _compiled(num_rows, num_weight_rows, num_inputs, weight.element_size(), parts, with_pdl)
+    launch, programs = _compiled(
+        num_rows, num_weight_rows, num_inputs, weight.element_size(), parts, with_pdl, _shared(x.device)
+    )
     num_outputs = num_weight_rows // 2 if gated else num_weight_rows
     out = rows.new_empty(num_rows, num_outputs)
     if added is None:
@@ -107,6 +110,7 @@ def _compiled(
     item_bytes: int,
     parts: tuple[bool, bool, bool, bool],
     pdl: bool,
+    shared_memory: int,
 ) -> tuple[Launch, int]:
     """The launch of so many rows of such a weight, and how many programs it has; parts: norm, bias, residual, gated."""
     constants: dict[str, int] = {"K": num_inputs, **dict(zip(("NORM", "BIAS", "RESIDUAL", "GATED"), parts))}
@@ -117,13 +121,24 @@ def _compiled(
     else:
         launcher, more = _launch_more_rows, more_rows_tiles(num_weight_rows, num_inputs, item_bytes)
         if num_rows > MORE_ROWS:
-            launcher, more = _launch_many_rows, many_rows_tiles(num_rows, num_inputs, gated=parts[3])
+            launcher, more = _launch_many_rows, many_rows_tiles(
+                num_rows, num_inputs, gated=parts[3], shared_memory=shared_memory
+            )
         constants |= {"ROWS": more.rows, "TILE": more.tile, "CHUNK": more.chunk}
         constants |= {"STAGES": more.stages, "LINES": more.lines}
         programs = triton.cdiv(num_rows, more.rows) * triton.cdiv(num_weight_rows, more.tile)
         num_warps = more.num_warps
     launch = launcher.fixed(**constants, num_warps=num_warps, enable_fp_fusion=False, **launch_constants(pdl))
     return launch, programs
+
+
+@cache
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; the least of any GPU since Ampere where there is none."""
+    least = 99 << 10
+    if device.type != "cuda":
+        return least
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", least))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -23,6 +23,12 @@ NUMBERS_PER_WARP = 256
 BUSY = 528
 """Four programs a multiprocessor of an H200."""
 LINE_BYTES = 128
+MOST_STAGES = 8
+"""Chunks of a product of many rows that are on their way at once."""
+MOST_SHARED = 220_000
+"""Bytes of shared memory that they take."""
+SHARED_BESIDE = 4096
+"""What a kernel needs of it for other things."""
 PREFETCH_LINES = 512
 """Of 128 bytes, that a program of the kernel for more rows asks for ahead of its turn: 64 KB."""
 
@@ -102,8 +108,11 @@ def more_rows_tiles(num_weight_rows: int, num_inputs: int, item_bytes: int) -> M
     return MoreRows(MORE_ROWS, tile, chunk * 2 // item_bytes, stages, lines, num_warps)
 
 
-def many_rows_tiles(num_rows: int, num_inputs: int, *, gated: bool) -> MoreRows:
+def many_rows_tiles(num_rows: int, num_inputs: int, *, gated: bool, shared_memory: int) -> MoreRows:
     """Tiles for 17 to 256 rows times a small weight, in half types: the winners of a search on an H200.
+
+    Of the chunks as many are on their way at once as there is memory for, `MOST_STAGES` at most: such a product waits
+    for bytes more than it computes.
 
     | rows       | rows x tile | gated    |
     | ---------- | ----------- | -------- |
@@ -117,6 +126,8 @@ def many_rows_tiles(num_rows: int, num_inputs: int, *, gated: bool) -> MoreRows:
         rows, tile = (64, 64) if num_rows <= 64 else (128, 32) if num_rows <= 128 else (128, 64)
     else:
         rows, tile = (64, 32) if num_rows <= 128 else (64, 64)
-    chunk, stages = (64, 6) if num_inputs < 1024 or num_inputs % 128 else (128, 4)
+    chunk = 64 if num_inputs < 1024 or num_inputs % 128 else 128
+    room = min(MOST_SHARED, shared_memory - SHARED_BESIDE)
+    stages = max(2, min(MOST_STAGES, -(-num_inputs // chunk), room // (2 * chunk * (rows + tile))))
     lines = min(1 << (-(-num_inputs // 64) - 1).bit_length(), PREFETCH_LINES // tile)
     return MoreRows(rows, tile, chunk, stages, lines, 8 if rows * tile >= 128 * 64 else 4)
