@@ -7,8 +7,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 
 from tessera import errors
@@ -17,11 +16,14 @@ from tessera.errors import EngineDeadError, RequestError, TesseraError
 from tessera.log import logger
 from tessera.server import ipc
 from tessera.server.errors import TooManyRequestsError, UnavailableError
+from tessera.text.outputs import joined
 from tessera.types import EngineInfo, EngineStatus, Output, Request
 
 PROGRAM = (sys.executable, "-P", "-m", "tessera.server.engine_process")
 """How the engine process is started; -P keeps the working directory off its import path."""
 
+MAX_TAKEN = 512
+"""Outputs of a stream that are taken at a time: more would keep other streams waiting."""
 STOP_SECONDS = 3.0
 """A stopping engine that is still in a step after this long is killed."""
 STEP_PATIENCE = 10
@@ -32,50 +34,65 @@ LONG_STEP_HINT = (
 
 
 class OutputStream:
-    """The outputs of one or more requests as the engine computes them; leaving it frees what is unfinished.
-
-    Iteration ends when every sequence has finished, and raises RequestError where the engine refuses
-    one of the requests and EngineDeadError where no more outputs will come.
-    """
+    """The outputs of one or more requests as the engine computes them; leaving it frees what is unfinished."""
 
     def __init__(self, client: EngineClient, requests: Sequence[Request]) -> None:
         self._client = client
         self._unfinished = {(request.request_id, i) for request in requests for i in range(request.params.n)}
-        self._outputs: deque[Output] = deque()
+        self._is_single = len(self._unfinished) == 1
+        self._waiting: list[Output] = []
         self._failure: TesseraError | None = None
         self._news = asyncio.Event()
+        client.num_unfinished += len(self._unfinished)
 
     @property
-    def num_unfinished(self) -> int:
-        """Sequences of which more is to come."""
-        return len(self._unfinished)
-
-    @property
-    def has_waiting(self) -> bool:
-        """Whether the next output is here already."""
-        return any((output.request_id, output.index) in self._unfinished for output in self._outputs)
+    def finished(self) -> bool:
+        """Whether the last output of every sequence has been taken."""
+        return not self._unfinished
 
     def __enter__(self) -> OutputStream:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._client.num_unfinished -= len(self._unfinished)
         self._client.forget({request_id for request_id, _ in self._unfinished})
         self._unfinished.clear()
 
-    async def __aiter__(self) -> AsyncIterator[Output]:
+    async def take(self) -> list[Output]:
+        """What is here, waiting for it, as one Output a sequence; empty once every sequence has finished.
+
+        Raises RequestError where the engine refuses one of the requests and EngineDeadError where it gives one up or
+        no more outputs will come.
+        """
+        if self._waiting:  # the rest of a long queue
+            await asyncio.sleep(0)
         while self._unfinished:
-            while not self._outputs:
+            while not self._waiting:
                 if self._failure:
                     raise self._failure
                 self._news.clear()
                 await self._news.wait()
-            output = self._outputs.popleft()
-            sequence = (output.request_id, output.index)
+            waiting, self._waiting = self._waiting[:MAX_TAKEN], self._waiting[MAX_TAKEN:]
+            if outputs := self._joined(waiting):
+                return outputs
+        return []
+
+    def _joined(self, waiting: list[Output]) -> list[Output]:
+        """`waiting` as one Output a sequence, of those that have not finished."""
+        groups: dict[tuple[str, int], list[Output]] = {}
+        if self._is_single:
+            groups[waiting[0].request_id, waiting[0].index] = waiting
+        else:
+            for output in waiting:
+                groups.setdefault((output.request_id, output.index), []).append(output)
+        outputs = []
+        for sequence, group in groups.items():
             if sequence not in self._unfinished:
                 continue
-            if output.finish_reason:
+            if group[-1].finish_reason:
                 self._finish(sequence)
-            yield output
+            outputs.append(joined(group))
+        return outputs
 
     def stop(self, request_id: str, index: int) -> None:
         """End one sequence early: the engine frees it, and nothing more of it arrives here."""
@@ -85,8 +102,12 @@ class OutputStream:
 
     def put(self, output: Output) -> None:
         """Hand in an output (the client's receiver)."""
-        self._outputs.append(output)
-        self._news.set()
+        if output.finish_reason == "abort":
+            self.fail(EngineDeadError("the engine gave the request up"))
+            return
+        if not self._waiting:
+            self._news.set()
+        self._waiting.append(output)
 
     def fail(self, failure: TesseraError) -> None:
         """End the stream with an error, after the outputs that have already come."""
@@ -95,6 +116,7 @@ class OutputStream:
 
     def _finish(self, sequence: tuple[str, int]) -> None:
         self._unfinished.discard(sequence)
+        self._client.num_unfinished -= 1
         if all(request_id != sequence[0] for request_id, _ in self._unfinished):
             self._client.release(sequence[0])
 
@@ -114,6 +136,8 @@ class EngineClient:
         self.dead = asyncio.Event()
         self.status = EngineStatus()
         self.peak_pages = 0
+        self.num_unfinished = 0
+        """Sequences of open streams of which more is to come; the streams count."""
 
     async def start(self, log_level: str = "info") -> EngineInfo:
         """Start the process and wait until the engine is built; the error it reports is raised here."""
@@ -164,16 +188,16 @@ class EngineClient:
         """
         if problem := self.problem():
             raise UnavailableError(problem)
-        num_open = sum(stream.num_unfinished for stream in set(self._streams.values()))
         limit = self.server.max_queued_requests
         if num_new > limit:
             raise RequestError(
                 f"this call asks for {num_new} sequences (prompts times n), at most {limit} are taken",
                 "split it, or serve with a larger --max-queued-requests",
             )
-        if num_open + num_new > limit:
+        if self.num_unfinished + num_new > limit:
             raise TooManyRequestsError(
-                f"{num_open} sequences are queued or running and this call has {num_new}, at most {limit} are taken",
+                f"{self.num_unfinished} sequences are queued or running and this call has {num_new}, at most {limit} "
+                "are taken",
                 "try again later",
             )
 
@@ -222,6 +246,7 @@ class EngineClient:
         while True:
             for message in await next_messages():
                 self._take(message)
+            await asyncio.sleep(0)  # a message that is here does not wait: streams have a turn in between
 
     def _take(self, message: ipc.FromEngine) -> None:
         self._last_heard = time.monotonic()
