@@ -71,14 +71,26 @@ def _event(data: bytes) -> bytes:
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
     """The result of `work`, which is cancelled when the client goes away first (None then)."""
-    job, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
+    worker = asyncio.current_task()
+    assert worker is not None
+    gone = False
+
+    def on_end(_watcher: asyncio.Task[None]) -> None:
+        nonlocal gone
+        gone = True
+        worker.cancel()
+
+    watcher = asyncio.create_task(_disconnect(receive))
+    watcher.add_done_callback(on_end)
     try:
-        await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return job.result() if job.done() else None
+        return await work
+    except asyncio.CancelledError:
+        if gone and not worker.uncancel():  # nobody else asks for the end
+            return None
+        raise
     finally:
-        job.cancel()
-        gone.cancel()
-        await asyncio.gather(job, gone, return_exceptions=True)
+        watcher.remove_done_callback(on_end)
+        watcher.cancel()
 
 
 async def _disconnect(receive: Receive) -> None:
