@@ -92,7 +92,9 @@ class SequenceText:
             self.logprobs += output.logprobs
         if output.finish_reason is None:
             return self._detokenizer.feed(token_ids)
-        return self._detokenizer.feed(token_ids[:-1] if self._is_silent(output) else token_ids) + self._detokenizer.flush()
+        return (
+            self._detokenizer.feed(token_ids[:-1] if self._is_silent(output) else token_ids) + self._detokenizer.flush()
+        )
 
     def _watched(self, output: Output) -> str:
         """What the new tokens add up to the one that completes a stop string; those after it are dropped."""
