@@ -30,7 +30,7 @@ def with_client(test: Test) -> None:
     async def run() -> None:
         client = EngineClient(EngineConfig(), ServerConfig(max_queued_requests=4))
         sent: list[ipc.ToEngine] = []
-        client._socket.send_now = sent.append  # type: ignore[method-assign]
+        client._socket.send_now = sent.append  # type: ignore[assignment, method-assign]
         try:
             await test(client, load_tokenizer(find_model(ModelConfig()), ModelConfig()), sent)
         finally:
@@ -66,13 +66,14 @@ def test_a_stop_string_among_waiting_tokens_ends_the_text_and_tells_the_engine()
 
 def test_a_request_that_the_engine_gives_up_shows_what_came_before() -> None:
     async def test(client: EngineClient, tokenizer: Tokenizer, sent: list[ipc.ToEngine]) -> None:
-        texts = []
-        with generation_of(client, tokenizer, n=2) as generation, pytest.raises(EngineDeadError, match="gave the"):
+        with generation_of(client, tokenizer, n=2) as generation:
             report(client, Output("r", 0, tokenizer.encode("a b")), Output("r", 0, [], finish_reason="abort"))
             report(client, Output("r", 1, tokenizer.encode("c")))
-            async for piece in generation.pieces():
-                texts += [(piece.choice, piece.text)]
-        assert texts == [(0, "a b"), (1, "c")]
+            pieces = generation.pieces()
+            found = [await anext(pieces), await anext(pieces)]
+            assert [(piece.choice, piece.text) for piece in found] == [(0, "a b"), (1, "c")]
+            with pytest.raises(EngineDeadError, match="gave the request up"):
+                await anext(pieces)
         assert client.num_unfinished == 0
         assert sent[1:] == [ipc.Abort("r")]
 
