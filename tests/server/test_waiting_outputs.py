@@ -13,10 +13,11 @@ from tessera.config import EngineConfig, ModelConfig, ServerConfig
 from tessera.errors import EngineDeadError
 from tessera.model.source import find_model
 from tessera.server import ipc
-from tessera.server.engine_client import MAX_TAKEN, EngineClient
+from tessera.server.engine_client import EngineClient
 from tessera.server.errors import TooManyRequestsError
 from tessera.server.events import EventStream, unless_disconnected
 from tessera.server.generation import Generation, Prompt
+from tessera.server.output_stream import MAX_TAKEN
 from tessera.text.request_text import RequestText
 from tessera.text.tokenizer import Tokenizer, load_tokenizer
 from tessera.types import EngineStatus, Output, Request, SamplingParams
