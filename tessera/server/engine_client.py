@@ -21,6 +21,10 @@ from tessera.types import EngineInfo, EngineStatus, Request
 PROGRAM = (sys.executable, "-P", "-m", "tessera.server.engine_process")
 """How the engine process is started; -P keeps the working directory off its import path."""
 
+MIN_WORK_SECONDS = 0.002
+"""Sending what has come may take this long without a rest after it."""
+MAX_REST_SECONDS = 0.005
+"""The longest rest, which makes tokens later: chunks beside it are then of several steps anyway."""
 STOP_SECONDS = 3.0
 """A stopping engine that is still in a step after this long is killed."""
 STEP_PATIENCE = 10
@@ -152,10 +156,19 @@ class EngineClient:
         return await self._socket.receive()
 
     async def _receive(self, next_messages: Callable[[], Awaitable[list[ipc.FromEngine]]]) -> None:
+        """Take what the engine says; where sending it takes longer than a step, for half the time at most.
+
+        A chunk costs what tens of tokens cost, so with larger ones half the time does, and the rest is left to others.
+        """
         while True:
-            for message in await next_messages():
+            messages = await next_messages()
+            begun = time.monotonic()
+            for message in messages:
                 self._take(message)
-            await asyncio.sleep(0)  # a message that is here does not wait: streams have a turn in between
+            await asyncio.sleep(0)  # the turn of the streams, which send what has come
+            spent = time.monotonic() - begun
+            if len(messages) > 1 and spent > MIN_WORK_SECONDS:
+                await asyncio.sleep(min(spent, MAX_REST_SECONDS))
 
     def _take(self, message: ipc.FromEngine) -> None:
         self._last_heard = time.monotonic()

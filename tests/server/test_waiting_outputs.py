@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -13,7 +15,7 @@ from tessera.config import EngineConfig, ModelConfig, ServerConfig
 from tessera.errors import EngineDeadError
 from tessera.model.source import find_model
 from tessera.server import ipc
-from tessera.server.engine_client import EngineClient
+from tessera.server.engine_client import MIN_WORK_SECONDS, EngineClient
 from tessera.server.errors import TooManyRequestsError
 from tessera.server.events import EventStream, unless_disconnected
 from tessera.server.generation import Generation, Prompt
@@ -114,6 +116,29 @@ def test_a_long_queue_is_taken_in_parts_and_others_have_a_turn() -> None:
             task.cancel()
         assert sizes == [MAX_TAKEN] * 3
         assert turns >= 2
+
+    with_client(test)
+
+
+@pytest.mark.parametrize(("num_steps", "rests"), [(1, False), (2, True)])
+def test_only_a_process_that_is_behind_rests_between_its_chunks(num_steps: int, rests: bool) -> None:
+    """What keeps up with the engine gives out each token at once."""
+    work = MIN_WORK_SECONDS + 0.001
+
+    async def test(client: EngineClient, _: Tokenizer, _sent: list[ipc.ToEngine]) -> None:
+        times: list[float] = []
+
+        async def next_messages() -> list[ipc.FromEngine]:
+            times.append(time.monotonic())
+            if len(times) == 20:
+                raise EOFError
+            return [ipc.Beat(0.0)] * num_steps
+
+        client._take = lambda _message: time.sleep(work / num_steps)  # type: ignore[assignment, method-assign]
+        with pytest.raises(EOFError):
+            await client._receive(next_messages)
+        shortest = min(b - a for a, b in itertools.pairwise(times))
+        assert (shortest > work * 1.9) == rests
 
     with_client(test)
 
