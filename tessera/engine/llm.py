@@ -118,7 +118,10 @@ class LLM:
             while self._engine.has_work:
                 for output in self._engine.step():
                     text = texts[output.request_id]
-                    if text.feed(output).abort:
+                    delta = text.gather(output)
+                    if delta is None or delta.finish_reason is None:
+                        continue
+                    if delta.abort:
                         self._engine.abort(output.request_id, output.index)
                     if text.finished:
                         bar.update()

@@ -121,8 +121,9 @@ def _compiled(
     else:
         launcher, more = _launch_more_rows, more_rows_tiles(num_weight_rows, num_inputs, item_bytes)
         if num_rows > MORE_ROWS:
-            launcher, more = _launch_many_rows, many_rows_tiles(
-                num_rows, num_inputs, gated=parts[3], shared_memory=shared_memory
+            launcher, more = (
+                _launch_many_rows,
+                many_rows_tiles(num_rows, num_inputs, gated=parts[3], shared_memory=shared_memory),
             )
         constants |= {"ROWS": more.rows, "TILE": more.tile, "CHUNK": more.chunk}
         constants |= {"STAGES": more.stages, "LINES": more.lines}

@@ -28,6 +28,8 @@ from tessera.server.tokens import detokenize, tokenize, tokenizer_info
 def build_app(service: Service, api_key: str | None = None) -> Starlette:
     """The ASGI application that serves `service`, behind `api_key` where there is one."""
     routes = [
+        Route("/v1/completions", create_completion, methods=["POST"]),  # first, for they are looked at in this order
+        Route("/v1/chat/completions", create_chat_completion, methods=["POST"]),
         Route("/", root),
         Route("/health", health),
         Route("/version", version),
@@ -39,8 +41,6 @@ def build_app(service: Service, api_key: str | None = None) -> Starlette:
         Route("/v1/models/{name:path}", model),
         Route("/v1/attention", attention),
         Route("/v1/status", status),
-        Route("/v1/completions", create_completion, methods=["POST"]),
-        Route("/v1/chat/completions", create_chat_completion, methods=["POST"]),
     ]
     guard = [Middleware(RequireKey, key=api_key)] if api_key is not None else []
     handlers: dict[Any, Any] = {

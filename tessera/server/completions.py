@@ -101,6 +101,7 @@ class _Writer:
     def __init__(self, body: CompletionBody, generation: Generation, service: Service) -> None:
         self._body, self._generation, self._service = body, generation, service
         self._tokenizer = service.tokenizer
+        self._usage_wanted, self._usage_always = body.usage_wanted, body.usage_always
         self._id, self._created, self._model = new_call_id("cmpl"), int(time.time()), service.info.model
         num_top = body.logprobs or 0
         self._logprobs = [CompletionLogprobsWriter(service.tokenizer, num_top) for _ in range(generation.num_choices)]
@@ -119,22 +120,25 @@ class _Writer:
         """The answer in pieces, then usage where it was asked for."""
         begun: set[int] = set()
         async for piece in self._generation.pieces():
-            choice = await self._rendered(piece, first=piece.choice not in begun)
+            is_first = piece.choice not in begun
+            choice = await self._rendered(piece, first=is_first)
             told = choice.text or choice.logprobs or choice.finish_reason
             # with usage in each chunk, a token whose text is held back counts too
-            if told or self._body.usage_always or piece.choice not in begun:
+            if told or self._usage_always or is_first:
                 begun.add(piece.choice)
                 yield self._chunk([choice])
-        if self._body.usage_wanted:
+        if self._usage_wanted:
             yield self._chunk([], last=True)
 
     def _chunk(self, choices: list[CompletionChoice], *, last: bool = False) -> Completion:
         chunk = Completion(self._id, self._created, self._model, choices)
-        if self._body.usage_wanted:
-            chunk.usage = self._generation.usage() if last or self._body.usage_always else None
+        if self._usage_wanted:
+            chunk.usage = self._generation.usage() if last or self._usage_always else None
         return chunk
 
     async def _rendered(self, piece: Piece, *, first: bool) -> CompletionChoice:
+        if piece.prompt_logprobs is None:
+            return self._choice(piece, first=first)
         size = prompt_logprobs_bytes(piece.prompt_logprobs)
         return await self._service.prepare(size, lambda: self._choice(piece, first=first))
 

@@ -7,21 +7,24 @@ import contextlib
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from types import TracebackType
+from collections.abc import Awaitable, Callable, Sequence
 
 from tessera import errors
 from tessera.config import EngineConfig, ServerConfig
-from tessera.errors import EngineDeadError, RequestError, TesseraError
+from tessera.errors import EngineDeadError, RequestError
 from tessera.log import logger
 from tessera.server import ipc
 from tessera.server.errors import TooManyRequestsError, UnavailableError
-from tessera.types import EngineInfo, EngineStatus, Output, Request
+from tessera.server.output_stream import OutputStream
+from tessera.types import EngineInfo, EngineStatus, Request
 
 PROGRAM = (sys.executable, "-P", "-m", "tessera.server.engine_process")
 """How the engine process is started; -P keeps the working directory off its import path."""
 
+MIN_WORK_SECONDS = 0.002
+"""Sending what has come may take this long without a rest after it."""
+MAX_REST_SECONDS = 0.005
+"""The longest rest, which makes tokens later: chunks beside it are then of several steps anyway."""
 STOP_SECONDS = 3.0
 """A stopping engine that is still in a step after this long is killed."""
 STEP_PATIENCE = 10
@@ -29,74 +32,6 @@ STEP_PATIENCE = 10
 LONG_STEP_HINT = (
     "a smaller --max-num-batched-tokens makes steps shorter, a larger --engine-timeout waits for longer ones"
 )
-
-
-class OutputStream:
-    """The outputs of one or more requests as the engine computes them; leaving it frees what is unfinished.
-
-    Iteration ends when every sequence has finished, and raises RequestError where the engine refuses
-    one of the requests and EngineDeadError where no more outputs will come.
-    """
-
-    def __init__(self, client: EngineClient, requests: Sequence[Request]) -> None:
-        self._client = client
-        self._unfinished = {(request.request_id, i) for request in requests for i in range(request.params.n)}
-        self._outputs: deque[Output] = deque()
-        self._failure: TesseraError | None = None
-        self._news = asyncio.Event()
-
-    @property
-    def num_unfinished(self) -> int:
-        """Sequences of which more is to come."""
-        return len(self._unfinished)
-
-    @property
-    def has_waiting(self) -> bool:
-        """Whether the next output is here already."""
-        return any((output.request_id, output.index) in self._unfinished for output in self._outputs)
-
-    def __enter__(self) -> OutputStream:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._client.forget({request_id for request_id, _ in self._unfinished})
-        self._unfinished.clear()
-
-    async def __aiter__(self) -> AsyncIterator[Output]:
-        while self._unfinished:
-            while not self._outputs:
-                if self._failure:
-                    raise self._failure
-                self._news.clear()
-                await self._news.wait()
-            output = self._outputs.popleft()
-            sequence = (output.request_id, output.index)
-            if sequence not in self._unfinished:
-                continue
-            if output.finish_reason:
-                self._finish(sequence)
-            yield output
-
-    def stop(self, request_id: str, index: int) -> None:
-        """End one sequence early: the engine frees it, and nothing more of it arrives here."""
-        if (request_id, index) in self._unfinished:
-            self._client.abort(request_id, index)
-            self._finish((request_id, index))
-
-    def put(self, output: Output) -> None:
-        """Hand in an output (the client's receiver)."""
-        self._outputs.append(output)
-        self._news.set()
-
-    def fail(self, failure: TesseraError) -> None:
-        """End the stream with an error, after the outputs that have already come."""
-        self._failure = self._failure or failure
-        self._news.set()
-
-    def _finish(self, sequence: tuple[str, int]) -> None:
-        self._unfinished.discard(sequence)
-        if all(request_id != sequence[0] for request_id, _ in self._unfinished):
-            self._client.release(sequence[0])
 
 
 class EngineClient:
@@ -114,6 +49,8 @@ class EngineClient:
         self.dead = asyncio.Event()
         self.status = EngineStatus()
         self.peak_pages = 0
+        self.num_unfinished = 0
+        """Sequences of open streams of which more is to come; the streams count."""
 
     async def start(self, log_level: str = "info") -> EngineInfo:
         """Start the process and wait until the engine is built; the error it reports is raised here."""
@@ -164,16 +101,16 @@ class EngineClient:
         """
         if problem := self.problem():
             raise UnavailableError(problem)
-        num_open = sum(stream.num_unfinished for stream in set(self._streams.values()))
         limit = self.server.max_queued_requests
         if num_new > limit:
             raise RequestError(
                 f"this call asks for {num_new} sequences (prompts times n), at most {limit} are taken",
                 "split it, or serve with a larger --max-queued-requests",
             )
-        if num_open + num_new > limit:
+        if self.num_unfinished + num_new > limit:
             raise TooManyRequestsError(
-                f"{num_open} sequences are queued or running and this call has {num_new}, at most {limit} are taken",
+                f"{self.num_unfinished} sequences are queued or running and this call has {num_new}, at most {limit} "
+                "are taken",
                 "try again later",
             )
 
@@ -219,9 +156,19 @@ class EngineClient:
         return await self._socket.receive()
 
     async def _receive(self, next_messages: Callable[[], Awaitable[list[ipc.FromEngine]]]) -> None:
+        """Take what the engine says; where sending it takes longer than a step, for half the time at most.
+
+        A chunk costs what tens of tokens cost, so with larger ones half the time does, and the rest is left to others.
+        """
         while True:
-            for message in await next_messages():
+            messages = await next_messages()
+            begun = time.monotonic()
+            for message in messages:
                 self._take(message)
+            await asyncio.sleep(0)  # the turn of the streams, which send what has come
+            spent = time.monotonic() - begun
+            if len(messages) > 1 and spent > MIN_WORK_SECONDS:
+                await asyncio.sleep(min(spent, MAX_REST_SECONDS))
 
     def _take(self, message: ipc.FromEngine) -> None:
         self._last_heard = time.monotonic()

@@ -17,6 +17,9 @@ from tessera.server.generation import Generation
 
 T = TypeVar("T")
 
+encode = msgspec.json.Encoder().encode
+DONE = b"data: [DONE]\n\n"
+
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -42,34 +45,52 @@ class EventStream(Response):
             await unless_disconnected(receive, self._write(send))
 
     async def _write(self, send: Send) -> None:
+        """Send what comes at once as one message: a message is a packet, which costs more than all before it."""
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        events: list[bytes] = []
         try:
             async for chunk in self.chunks:
-                await send(_event(msgspec.json.encode(chunk)))
+                events.append(_event(encode(chunk)))
+                if self.generation.pauses:
+                    data = events[0] if len(events) == 1 else b"".join(events)
+                    events.clear()
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
         except TesseraError as error:
-            await send(_event(msgspec.json.encode(reply_of(error))))
+            events.append(_event(encode(reply_of(error))))
         except Exception:
             logger.exception("a stream failed")
             failure = ErrorBody("an unexpected error happened in the server", "server_error", None, "internal_error")
-            await send(_event(msgspec.json.encode(ErrorReply(failure))))
-        await send(_event(b"[DONE]"))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            events.append(_event(encode(ErrorReply(failure))))
+        events.append(DONE)
+        await send({"type": "http.response.body", "body": b"".join(events), "more_body": False})
 
 
-def _event(data: bytes) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True}
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
     """The result of `work`, which is cancelled when the client goes away first (None then)."""
-    job, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
+    worker = asyncio.current_task()
+    assert worker is not None
+    gone = False
+
+    def on_end(_watcher: asyncio.Task[None]) -> None:
+        nonlocal gone
+        gone = True
+        worker.cancel()
+
+    watcher = asyncio.create_task(_disconnect(receive))
+    watcher.add_done_callback(on_end)
     try:
-        await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return job.result() if job.done() else None
+        return await work
+    except asyncio.CancelledError:
+        if gone and not worker.uncancel():  # nobody else asks for the end
+            return None
+        raise
     finally:
-        job.cancel()
-        gone.cancel()
-        await asyncio.gather(job, gone, return_exceptions=True)
+        watcher.remove_done_callback(on_end)
+        watcher.cancel()
 
 
 async def _disconnect(receive: Receive) -> None:

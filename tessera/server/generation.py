@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
+import random
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 
+import msgspec
+
 from tessera.engine.check import check_max_tokens, check_request
-from tessera.errors import EngineDeadError, RequestError, TesseraError
+from tessera.errors import RequestError
 from tessera.server.engine_client import EngineClient
 from tessera.server.replies import PromptTokensDetails, Usage
 from tessera.server.service import Service
 from tessera.text.request_text import RequestText
 from tessera.types import EngineInfo, FinishReason, Output, Request, SamplingParams, TokenLogprobs
 
-MAX_HELD = 64
-"""Outputs that become pieces together: more would keep other calls waiting."""
 MAX_PROMPT_LOGPROBS = 2**18
 """Most entries that the prompt logprobs of one call may have: tokens times the entries of each."""
 
@@ -30,14 +30,13 @@ class Prompt:
     text: str | None = None
 
 
-@dataclass
-class Piece:
+class Piece(msgspec.Struct, gc=False):
     """Some text of one choice, with what is known about its tokens; the whole answer is a piece too."""
 
     choice: int
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -92,8 +91,8 @@ async def open_generation(service: Service, prompts: Sequence[Prompt], requests:
 
 
 def new_call_id(prefix: str) -> str:
-    """An id that no other call has."""
-    return f"{prefix}-{secrets.token_hex(12)}"
+    """An id that no other call has; it is no secret."""
+    return f"{prefix}-{random.getrandbits(96):024x}"
 
 
 class Generation:
@@ -106,14 +105,19 @@ class Generation:
         self.prompts, self.requests = prompts, [text.request for text in texts]
         self._texts = {text.request.request_id: text for text in texts}
         self._places = {request.request_id: i for i, request in enumerate(self.requests)}
-        self._num_cached = [0] * len(prompts)
-        params = replace(self.requests[0].params, stop=[])  # found here; the engine knows no text
-        self._stream = client.open([replace(request, params=params) for request in self.requests])
+        self._num_prompt_tokens = sum([len(prompt.token_ids) for prompt in prompts])
+        self._num_ready = 0
+        self._stream = client.open(_without_stops(self.requests))
 
     @property
     def num_choices(self) -> int:
         """Texts this call generates."""
         return sum(request.params.n for request in self.requests)
+
+    @property
+    def pauses(self) -> bool:
+        """Whether what follows the piece given out last may be long in coming."""
+        return not self._num_ready and not self._stream.finished
 
     def prompt_of(self, choice: int) -> Prompt:
         """The prompt that a choice continues."""
@@ -130,35 +134,18 @@ class Generation:
 
         Tokens of a choice that wait together are one piece: so a server that is behind its engine catches up.
         """
-        held: dict[int, Piece] = {}
-        num_held = 0
-        try:
-            async for output in self._stream:
-                piece = self._take(output)
-                if piece.choice in held:
-                    held[piece.choice].append(piece)
-                else:
-                    held[piece.choice] = piece
-                num_held += 1
-                if num_held == MAX_HELD or not self._stream.has_waiting:
-                    for each in held.values():
-                        yield each
-                    held, num_held = {}, 0
-        except TesseraError:
-            for each in held.values():
-                yield each
-            raise
-        for each in held.values():
-            yield each
+        while outputs := await self._stream.take():
+            pieces = [self._take(output) for output in outputs]
+            self._num_ready = len(pieces)
+            for piece in pieces:
+                self._num_ready -= 1
+                yield piece
 
     def _take(self, output: Output) -> Piece:
         place = self._places[output.request_id]
         delta = self._texts[output.request_id].feed(output)
-        self._num_cached[place] = max(self._num_cached[place], output.num_cached_tokens)
         if delta.abort:
             self._stream.stop(output.request_id, output.index)
-        if delta.finish_reason == "abort":
-            raise EngineDeadError("the engine gave the request up")
         return Piece(
             place * self.requests[place].params.n + output.index,
             delta.text,
@@ -179,7 +166,16 @@ class Generation:
 
     def usage(self) -> Usage:
         """Tokens so far."""
-        num_prompt = sum(len(prompt.token_ids) for prompt in self.prompts)
-        num_completion = sum(text.num_output_tokens for text in self._texts.values())
-        cached = PromptTokensDetails(sum(self._num_cached))
+        num_prompt = self._num_prompt_tokens
+        num_completion = sum([text.num_output_tokens for text in self._texts.values()])
+        cached = PromptTokensDetails(sum([text.num_cached_tokens for text in self._texts.values()]))
         return Usage(num_prompt, num_completion, num_prompt + num_completion, cached)
+
+
+def _without_stops(requests: Sequence[Request]) -> Sequence[Request]:
+    """The requests of one call as the engine gets them, which knows no text: stop strings are found here."""
+    params = requests[0].params
+    if not params.stop:
+        return requests
+    params = replace(params, stop=[])
+    return [replace(request, params=params) for request in requests]

@@ -1,7 +1,7 @@
 """Words between the API process and the engine process: msgspec-encoded, over one local socket.
 
 The API process binds in a fresh directory that only its user may enter, the engine process connects.
-Every message is one msgpack map with a type tag; nothing else is ever decoded.
+Every message is one msgpack map with a type tag, those to the engine in a list; nothing else is ever decoded.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ BEAT_MS = 500
 """An idle engine reports this often, a busy one after every step; beats always come this often."""
 
 encode = msgspec.msgpack.Encoder().encode
-decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_to_engine = msgspec.msgpack.Decoder(list[ToEngine]).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
 
 
@@ -124,7 +124,7 @@ class EngineSocket:
         """All messages that are there, waiting up to `wait_ms` for the first (None: for ever)."""
         messages: list[ToEngine] = []
         while self._socket.poll(0 if messages else wait_ms):
-            messages.append(decode_to_engine(self._socket.recv()))
+            messages += decode_to_engine(self._socket.recv())
         return messages
 
     def send(self, message: FromEngine) -> None:
@@ -157,17 +157,29 @@ class ApiSocket:
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.set_hwm(0)  # bounded by max_queued_requests instead
         self._socket.bind(self.address)
+        self._unsent: list[ToEngine] = []
         self._pulse = self._context.socket(zmq.PULL)
         self._pulse.set_hwm(2)
         self._pulse.bind(pulse_address(self.address))
 
     async def send(self, message: ToEngine) -> None:
         """Queue `message`, waiting until the engine process has connected."""
-        await self._socket.send(encode(message))
+        await self._socket.send(encode([message]))
 
     def send_now(self, message: ToEngine) -> None:
-        """Queue `message`, or drop it when no engine process is connected: its end is noticed elsewhere."""
-        sent = self._socket.send(encode(message), flags=zmq.NOBLOCK)
+        """Queue `message`, or drop it when no engine process is connected: its end is noticed elsewhere.
+
+        It goes with all others of this turn of the event loop: a send wakes a thread, which costs more than a request.
+        """
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._send_unsent)
+        self._unsent.append(message)
+
+    def _send_unsent(self) -> None:
+        messages, self._unsent = self._unsent, []
+        if self._socket.closed:
+            return
+        sent = self._socket.send(encode(messages), flags=zmq.NOBLOCK)
         if isinstance(sent, asyncio.Future) and not sent.cancel():
             sent.exception()  # already done: look at it, so that asyncio does not complain
 

@@ -137,6 +137,7 @@ async def _listen(
             lifespan="off",
             ws="none",
             server_header=False,
+            proxy_headers=False,  # nothing here asks who the client is
             timeout_graceful_shutdown=round(DRAIN_SECONDS + 2),
         )
     )

@@ -22,6 +22,8 @@ MAX_MESSAGES = 4096
 NUM_DEFAULT_TOKENS = 16
 """Tokens a completion has when it does not say, as OpenAI documents; a chat goes on until the context is full."""
 
+_PARAMS = tuple(each.name for each in fields(SamplingParams))
+
 BodyT = TypeVar("BodyT", bound=msgspec.Struct)
 
 REFUSED: Mapping[str, tuple[Any, ...]] = {
@@ -234,7 +236,7 @@ def _field_error(message: str) -> RequestError:
 
 def sampling_params(body: SamplingBody, *, default_max_tokens: int | None, **given: Any) -> SamplingParams:
     """The sampling that `body` asks for; `given` wins over it. RequestError on an impossible value."""
-    asked = {f.name: value for f in fields(SamplingParams) if (value := getattr(body, f.name, None)) is not None}
+    asked = {name: value for name in _PARAMS if (value := getattr(body, name, None)) is not None}
     limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
     asked["max_tokens"] = min(limits) if limits else default_max_tokens
     if body.stream_options is not None and not body.stream:

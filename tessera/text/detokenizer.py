@@ -1,4 +1,4 @@
-"""Token ids to text, one token at a time, never half a character.
+"""Token ids to text, as they come, never half a character.
 
 What comes out, joined, is what `Tokenizer.decode` makes of all the ids at once. One exception is meant: the space
 that SentencePiece drops at the start of a text stays where the output continues a prompt.
@@ -6,8 +6,8 @@ that SentencePiece drops at the start of a text stays where the output continues
 
 from __future__ import annotations
 
-import codecs
 from abc import ABC, abstractmethod
+from codecs import utf_8_decode
 from collections.abc import Sequence
 from itertools import islice
 
@@ -20,22 +20,21 @@ MAX_OPEN_TOKENS = 8
 
 
 class Detokenizer(ABC):
-    """The text of one sequence so far; each token costs the same, however long the text is."""
+    """The text of one sequence so far; each token costs the same, however long the text is.
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+    The text does not depend on how many tokens are fed at a time.
+    """
 
-    def feed(self, token_id: int) -> str:
-        """The whole characters that this token completes."""
-        return "" if token_id in self._skipped else self._add(token_id)
+    num_open = 0
+    """Tokens at the end so far whose text, if they have any, has not come out to its end."""
+
+    @abstractmethod
+    def feed(self, token_ids: Sequence[int]) -> str:
+        """The whole characters that these tokens complete."""
 
     @abstractmethod
     def flush(self) -> str:
         """What is left at the end of the sequence: U+FFFD for a character that was never completed."""
-
-    @abstractmethod
-    def _add(self, token_id: int) -> str: ...
 
 
 def make_detokenizer(
@@ -55,21 +54,66 @@ def make_detokenizer(
 
 
 class ByteLevelDetokenizer(Detokenizer):
-    """Tokens are bytes: they go through an incremental UTF-8 decoder."""
+    """Tokens are bytes, and those of several are joined before UTF-8 is decoded: many cost little more than one."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        super().__init__(tokenizer, skip_special_tokens)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._piece_of = tokenizer.piece_table(skip_special_tokens=skip_special_tokens).__getitem__
+        self._rest = b""
+        """A character that has begun."""
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        """The whole characters that these tokens complete."""
+        data = b"".join(map(self._piece_of, token_ids))
+        if self._rest:
+            data = self._rest + data
+        text, num_used = utf_8_decode(data, "replace", False)
+        self._rest = data[num_used:]
+        if not text:
+            self.num_open += len(token_ids)
+        elif self._rest or not self._piece_of(token_ids[-1]):
+            self.num_open = self._count_open(token_ids)
+        else:
+            self.num_open = 0
+        return text
 
     def flush(self) -> str:
         """U+FFFD for a character that was begun and not completed."""
-        return self._decoder.decode(b"", final=True)
+        rest, self._rest = self._rest, b""
+        return rest.decode("utf-8", "replace")
 
+    def _count_open(self, token_ids: Sequence[int]) -> int:
+        """How many at the end have no byte before the rest, which lies within them once text has come out."""
+        count, num_bytes = 0, len(self._rest)
+        for token_id in reversed(token_ids):
+            num_bytes -= len(self._piece_of(token_id))
+            if num_bytes < 0:
+                break
+            count += 1
+        return count
+
+
+class TokenwiseDetokenizer(Detokenizer):
+    """What a token adds depends on those before it, so each is looked at."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        """The whole characters that these tokens complete."""
+        texts = []
+        for token_id in token_ids:
+            text = "" if token_id in self._skipped else self._add(token_id)
+            self.num_open = 0 if text else self.num_open + 1
+            texts.append(text)
+        return "".join(texts)
+
+    @abstractmethod
     def _add(self, token_id: int) -> str:
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        """The whole characters that one token, which is not skipped, completes."""
 
 
-class ByteFallbackDetokenizer(Detokenizer):
+class ByteFallbackDetokenizer(TokenwiseDetokenizer):
     """Tokens are text, but for runs of single bytes.
 
     A run is given out when it ends: one wrong byte in it makes every byte of it U+FFFD, as in full decoding.
@@ -106,7 +150,7 @@ class ByteFallbackDetokenizer(Detokenizer):
         return text.removeprefix(" ")
 
 
-class WindowDetokenizer(Detokenizer):
+class WindowDetokenizer(TokenwiseDetokenizer):
     """For any other decoder: what a token adds is how decoding grows by it, seen over the last few tokens."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, before: list[int]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
@@ -25,29 +26,35 @@ class Spelling(Enum):
     OTHER = "other"
 
 
+class PieceTable(dict[int, bytes]):
+    """Token id -> bytes, each spelt when it is first asked for; nothing for the `skipped` ones."""
+
+    def __init__(self, spell: Callable[[int], bytes], skipped: frozenset[int] = frozenset()) -> None:
+        super().__init__()
+        self._spell, self._skipped = spell, skipped
+
+    def __missing__(self, token_id: int) -> bytes:
+        piece = self[token_id] = b"" if token_id in self._skipped else self._spell(token_id)
+        return piece
+
+
 class Pieces:
-    """Token id -> bytes, for the vocabulary of one tokenizer."""
+    """The bytes of each token, for the vocabulary of one tokenizer."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
-        self._cache: dict[int, bytes] = {}
+        self._single_bytes: set[int] = set()
         steps = _decoder_steps(backend)
         self.spelling = _spelling(steps)
         self.strips_start = self.spelling is Spelling.BYTE_FALLBACK and steps[-1]["type"] == "Strip"
         """Whether decoding drops one space at the very start of a text."""
-
-    def text_bytes(self, token_id: int) -> bytes:
-        """The bytes that the token adds to a text; none for an id that is in no vocabulary."""
-        found = self._cache.get(token_id)
-        if found is None:
-            found = self._cache[token_id] = self._spell(token_id)
-        return found
+        self.table = PieceTable(self._spell)
+        """The bytes that each token adds to a text; none for an id that is in no vocabulary."""
 
     def is_single_byte(self, token_id: int) -> bool:
         """Whether this is a byte-fallback token, one byte of a character that has no token."""
-        return self.spelling is Spelling.BYTE_FALLBACK and bool(
-            _BYTE_PIECE.fullmatch(self._backend.id_to_token(token_id) or "")
-        )
+        self.table[token_id]  # whose spelling tells
+        return token_id in self._single_bytes
 
     def _spell(self, token_id: int) -> bytes:
         piece = self._backend.id_to_token(token_id)
@@ -58,7 +65,10 @@ class Pieces:
             return piece.encode() if None in values else bytes(value for value in values if value is not None)
         if self.spelling is Spelling.BYTE_FALLBACK:
             byte = _BYTE_PIECE.fullmatch(piece)
-            return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+            if byte is None:
+                return piece.replace("▁", " ").encode()
+            self._single_bytes.add(token_id)
+            return bytes([int(byte[1], 16)])
         text: str = self._backend.decode([token_id], skip_special_tokens=False)
         return text.encode()
 

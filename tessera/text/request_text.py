@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from tessera.text.detokenizer import make_detokenizer
+from tessera.text.outputs import joined
 from tessera.text.sequence_text import SequenceText, TextDelta
 from tessera.text.stops import StopMatcher, StopStrings
 from tessera.text.tokenizer import Tokenizer
 from tessera.types import CompletionOutput, Logprob, Output, Request, RequestOutput, TokenLogprobs
 
 __all__ = ["RequestText", "TextDelta"]
+
+MAX_GATHERED = 64
+"""Outputs of a sequence that are kept before their text is made."""
 
 
 class RequestText:
@@ -24,7 +28,8 @@ class RequestText:
         self.prompt = prompt
         self._tokenizer = tokenizer
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
-        self._num_cached_tokens = 0
+        self.num_cached_tokens = 0
+        """Prompt tokens that were found in the prefix cache."""
         params = request.params
         stops = StopStrings(params.stop)
         self._sequences = [
@@ -36,6 +41,7 @@ class RequestText:
             )
             for index in range(params.n)
         ]
+        self._gathered: list[list[Output]] = [[] for _ in range(params.n)]
 
     @property
     def finished(self) -> bool:
@@ -45,14 +51,29 @@ class RequestText:
     @property
     def num_output_tokens(self) -> int:
         """Tokens of the result so far, over all sequences; those held back count, those after a stop string do not."""
-        return sum(len(sequence.token_ids) for sequence in self._sequences)
+        return sum([len(sequence.token_ids) for sequence in self._sequences])
 
     def feed(self, output: Output) -> TextDelta:
         """Take one Output of this request and say what it adds; `abort` where the engine must stop the sequence."""
         if output.prompt_logprobs is not None:
             self._prompt_logprobs = output.prompt_logprobs
-        self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
+        if output.num_cached_tokens > self.num_cached_tokens:
+            self.num_cached_tokens = output.num_cached_tokens
         return self._sequences[output.index].feed(output)
+
+    def gather(self, output: Output) -> TextDelta | None:
+        """`feed` for those who read the result alone: None while Outputs wait, so that their text is made at once.
+
+        None waits where a stop string may end a sequence; all have been fed when a sequence has finished.
+        """
+        if self.request.params.stop:
+            return self.feed(output)
+        gathered = self._gathered[output.index]
+        gathered.append(output)
+        if output.finish_reason is None and len(gathered) < MAX_GATHERED:
+            return None
+        self._gathered[output.index] = []
+        return self.feed(joined(gathered))
 
     def result(self) -> RequestOutput:
         """Everything so far, shaped as vLLM's."""
@@ -63,7 +84,7 @@ class RequestText:
             [self._completion(sequence) for sequence in self._sequences],
             self.finished,
             None if self._prompt_logprobs is None else [self._entry(item) for item in self._prompt_logprobs],
-            self._num_cached_tokens,
+            self.num_cached_tokens,
         )
 
     def _completion(self, sequence: SequenceText) -> CompletionOutput:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import msgspec
 
 from tessera.text.detokenizer import Detokenizer
 from tessera.text.stops import StopMatcher
 from tessera.types import FinishReason, Output, SamplingParams, TokenLogprobs
 
 
-@dataclass(slots=True)
-class TextDelta:
+class TextDelta(msgspec.Struct, gc=False):
     """What one Output adds to the text of one sequence: what may be shown now.
 
     `token_ids` and `logprobs` are those whose text is now given out to its end; a token that is held back, since its
@@ -20,7 +19,7 @@ class TextDelta:
 
     index: int
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
     """One entry a token id, where asked for."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -53,7 +52,8 @@ class SequenceText:
         self._num_shown_tokens = 0
         self._num_characters = 0
         self._ends: list[int] = []
-        """For each token: where its text ends. Tokens without text wait for the next that has one."""
+        """For each token: where its text ends. Tokens without text wait for the next that has one. Nobody asks where
+        there is no stop string."""
 
     @property
     def text(self) -> str:
@@ -66,24 +66,56 @@ class SequenceText:
         """Take the new tokens; nothing once the sequence has finished."""
         if self.finish_reason is not None:
             return TextDelta(self.index)
-        silent = output.stop_token_id is not None and not self._params.include_stop_str_in_output
+        text = self._watched(output) if self._stops.watches else self._unwatched(output)
+        if output.finish_reason is not None or self._stops.found is not None:
+            self._settle(output)
+        if text:
+            self._shown.append(text)
+        first, last = self._num_shown_tokens, self._count_shown_tokens(len(text))
+        self._num_shown_tokens = last
+        return TextDelta(
+            self.index,
+            text,
+            self.token_ids[first:last],
+            None if self._params.logprobs is None else self.logprobs[first:last],
+            output.prompt_logprobs,
+            self.finish_reason,
+            self.stop_reason,
+            self._stops.found is not None and output.finish_reason is None,
+        )
+
+    def _unwatched(self, output: Output) -> str:
+        """What the new tokens add where no stop string is looked for: nothing is held back but half a character."""
+        token_ids = output.token_ids
+        self.token_ids += token_ids
+        if output.logprobs is not None:
+            self.logprobs += output.logprobs
+        if output.finish_reason is None:
+            return self._detokenizer.feed(token_ids)
+        return (
+            self._detokenizer.feed(token_ids[:-1] if self._is_silent(output) else token_ids) + self._detokenizer.flush()
+        )
+
+    def _watched(self, output: Output) -> str:
+        """What the new tokens add up to the one that completes a stop string; those after it are dropped."""
+        silent = self._is_silent(output)
         shown = []
         for i, token_id in enumerate(output.token_ids):
-            is_last = i == len(output.token_ids) - 1
-            shown.append(self._feed_token(token_id, silent and is_last))
+            self.token_ids.append(token_id)
             if output.logprobs is not None:
                 self.logprobs.append(output.logprobs[i])
+            if not (silent and i == len(output.token_ids) - 1):
+                shown.append(self._show(self._detokenizer.feed([token_id])))
             if self._stops.found is not None:
-                break
-        if output.finish_reason is not None and self._stops.found is None:
+                return "".join(shown)
+        if output.finish_reason is not None:
             shown.append(self._show(self._detokenizer.flush()))
             shown.append(self._stops.flush())
-        self._settle(output)
-        return self._delta("".join(shown), output)
+        return "".join(shown)
 
-    def _feed_token(self, token_id: int, silent: bool) -> str:
-        self.token_ids.append(token_id)
-        return self._show("" if silent else self._detokenizer.feed(token_id))
+    def _is_silent(self, output: Output) -> bool:
+        """Whether the last new token is an end token without a text."""
+        return output.stop_token_id is not None and not self._params.include_stop_str_in_output
 
     def _show(self, text: str) -> str:
         """The part of what has come in by now that may be given out."""
@@ -94,33 +126,21 @@ class SequenceText:
         return self._stops.feed(text, counts=len(self.token_ids) > self._params.min_tokens)
 
     def _settle(self, output: Output) -> None:
-        """Decide why the sequence has finished, if it has."""
+        """Decide why the sequence has finished."""
         if self._stops.found is not None:
             self.finish_reason, self.stop_reason = "stop", self._stops.found
-        elif output.finish_reason is not None:
+        else:
             self.finish_reason = output.finish_reason
             if output.stop_token_id in self._params.stop_token_ids:
                 self.stop_reason = output.stop_token_id
 
-    def _delta(self, text: str, output: Output) -> TextDelta:
-        self._shown.append(text)
-        self._num_shown_characters += len(text)
-        first, last = self._num_shown_tokens, self._count_shown_tokens()
-        self._num_shown_tokens = last
-        return TextDelta(
-            self.index,
-            text,
-            self.token_ids[first:last],
-            self.logprobs[first:last] if self._params.logprobs is not None else None,
-            output.prompt_logprobs,
-            self.finish_reason,
-            self.stop_reason,
-            abort=self._stops.found is not None and output.finish_reason is None,
-        )
-
-    def _count_shown_tokens(self) -> int:
+    def _count_shown_tokens(self, num_new_characters: int) -> int:
+        """How many tokens have been given out to the end of their text, `num_new_characters` just now."""
         if self.finish_reason is not None:
             return len(self.token_ids)
+        if not self._stops.watches:
+            return len(self.token_ids) - self._detokenizer.num_open
+        self._num_shown_characters += num_new_characters
         count, ends = self._num_shown_tokens, self._ends
         while count < len(ends) and ends[count] <= self._num_shown_characters:
             count += 1

@@ -30,6 +30,8 @@ class StopMatcher:
         self._include = include
         self._matched_lengths = [0] * len(stops.strings)
         self._held = ""
+        self.watches = bool(stops.strings)
+        """Whether there is anything to find."""
         self.found: str | None = None
         """The stop string that was found."""
 

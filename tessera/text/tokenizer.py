@@ -17,7 +17,7 @@ from tessera.text.chat_template import ChatTemplate
 from tessera.text.gguf_tokenizer import gguf_parts
 from tessera.text.hf_tokenizer import folder_parts
 from tessera.text.parts import TokenizerParts
-from tessera.text.pieces import Pieces
+from tessera.text.pieces import Pieces, PieceTable
 
 
 class Tokenizer:
@@ -32,6 +32,7 @@ class Tokenizer:
         self.special_token_ids = frozenset(
             token_id for token_id, token in self.backend.get_added_tokens_decoder().items() if token.special
         )
+        self._shown_pieces = PieceTable(self.pieces.table.__getitem__, self.special_token_ids)
         self.end_token_ids = parts.end_token_ids
         self.vocab_size = parts.vocab_size or self.backend.get_vocab_size(with_added_tokens=True)
         self.template = template or (ChatTemplate(parts.template) if parts.template is not None else None)
@@ -63,7 +64,11 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to a text, its leading space included; part of a character, perhaps."""
-        return self.pieces.text_bytes(token_id)
+        return self.pieces.table[token_id]
+
+    def piece_table(self, *, skip_special_tokens: bool) -> PieceTable:
+        """Token id -> `token_bytes`, nothing for special tokens where they are skipped."""
+        return self._shown_pieces if skip_special_tokens else self.pieces.table
 
     def token_text(self, token_id: int) -> str:
         """One token as text; special tokens too, and U+FFFD where it is only part of a character."""

@@ -68,7 +68,7 @@ def test_a_row_has_the_same_bits_in_any_batch(parts: dict[str, bool]) -> None:
 @pytest.mark.parametrize("num_rows", [64, 128, 256])
 @pytest.mark.parametrize("gated", [False, True])
 def test_on_hopper_weights_are_under_way_before_it_waits(num_rows: int, gated: bool) -> None:
-    tiles = many_rows_tiles(num_rows, 576, gated=gated)
+    tiles = many_rows_tiles(num_rows, 576, gated=gated, shared_memory=227 << 10)
     constants: dict[str, Any] = {"K": 576, "NORM": False, "BIAS": False, "RESIDUAL": not gated, "GATED": gated}
     constants |= {"ROWS": tiles.rows, "TILE": tiles.tile, "CHUNK": tiles.chunk, "STAGES": tiles.stages}
     constants |= {"LINES": tiles.lines, "PDL": True}
@@ -87,3 +87,18 @@ def test_a_models_sizes_on_the_gpu(num_rows: int, num_outputs: int, num_inputs: 
     given = arguments(num_rows, outputs, num_inputs, DTYPE, gated=gated, residual=num_outputs == 576)
     found = small_linear(**placed(given, DTYPE))
     torch.testing.assert_close(found.cpu().double(), by_torch(**given), atol=1e-4, rtol=torch.finfo(DTYPE).eps * 0.55)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("num_rows", [17, 64, 128, 256])
+@pytest.mark.parametrize(("shared_memory", "most"), [(227 << 10, 8), (163 << 10, 8), (99 << 10, 4)])
+def test_as_many_chunks_are_on_their_way_as_shared_memory_holds(
+    num_rows: int, gated: bool, shared_memory: int, most: int
+) -> None:
+    stages = []
+    for num_inputs in (64, 576, 1536):
+        tiles = many_rows_tiles(num_rows, num_inputs, gated=gated, shared_memory=shared_memory)
+        assert 2 * tiles.stages * tiles.chunk * (tiles.rows + tiles.tile) <= shared_memory - 4096
+        assert tiles.stages <= max(2, -(-num_inputs // tiles.chunk))
+        stages.append(tiles.stages)
+    assert stages[0] == 2 and stages[1] >= min(most, 4)

@@ -46,7 +46,7 @@ INFO = EngineInfo("m", "llama", "float32", "cpu", 10, 20, [2], 16, 5, 4, 64, CHO
     ids=lambda message: type(message).__name__,
 )
 def test_messages_to_the_engine_arrive_as_sent(message: ipc.ToEngine) -> None:
-    assert ipc.decode_to_engine(ipc.encode(message)) == message
+    assert ipc.decode_to_engine(ipc.encode([message])) == [message]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ ids_of_sentence_piece = st.lists(
 def pieces(tokenizer: Tokenizer, ids: list[int], prompt: list[int], *, skip: bool = True) -> list[str]:
     """What each token gives, and at last what the flush gives."""
     detokenizer = make_detokenizer(tokenizer, prompt, skip_special_tokens=skip)
-    return [*(detokenizer.feed(token_id) for token_id in ids), detokenizer.flush()]
+    return [*(detokenizer.feed([token_id]) for token_id in ids), detokenizer.flush()]
 
 
 @given(ids=ids_of_smollm, skip=st.booleans())
