@@ -126,8 +126,9 @@ def many_rows_tiles(num_rows: int, num_inputs: int, *, gated: bool, shared_memor
         rows, tile = (64, 64) if num_rows <= 64 else (128, 32) if num_rows <= 128 else (128, 64)
     else:
         rows, tile = (64, 32) if num_rows <= 128 else (64, 64)
-    chunk = 64 if num_inputs < 1024 or num_inputs % 128 else 128
     room = min(MOST_SHARED, shared_memory - SHARED_BESIDE)
+    wide = num_inputs >= 1024 and num_inputs % 128 == 0 and room >= 4 * 2 * 128 * (rows + tile)
+    chunk = 128 if wide else 64
     stages = max(2, min(MOST_STAGES, -(-num_inputs // chunk), room // (2 * chunk * (rows + tile))))
     lines = min(1 << (-(-num_inputs // 64) - 1).bit_length(), PREFETCH_LINES // tile)
     return MoreRows(rows, tile, chunk, stages, lines, 8 if rows * tile >= 128 * 64 else 4)
