@@ -91,7 +91,7 @@ def test_a_models_sizes_on_the_gpu(num_rows: int, num_outputs: int, num_inputs: 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("num_rows", [17, 64, 128, 256])
-@pytest.mark.parametrize(("shared_memory", "most"), [(227 << 10, 8), (163 << 10, 8), (99 << 10, 4)])
+@pytest.mark.parametrize(("shared_memory", "most"), [(227 << 10, 8), (163 << 10, 7), (99 << 10, 4)])
 def test_as_many_chunks_are_on_their_way_as_shared_memory_holds(
     num_rows: int, gated: bool, shared_memory: int, most: int
 ) -> None:
@@ -101,4 +101,4 @@ def test_as_many_chunks_are_on_their_way_as_shared_memory_holds(
         assert 2 * tiles.stages * tiles.chunk * (tiles.rows + tiles.tile) <= shared_memory - 4096
         assert tiles.stages <= max(2, -(-num_inputs // tiles.chunk))
         stages.append(tiles.stages)
-    assert stages[0] == 2 and stages[1] >= min(most, 4)
+    assert stages[0] == 2 and most - 1 <= stages[1] <= 8
