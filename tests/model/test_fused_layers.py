@@ -40,9 +40,9 @@ PREFILLS: dict[str, tuple[tuple[int, int], ...]] = {
 """Prompts behind the decodes, (new tokens, tokens held), by the tokens of the whole step, to which one of padding is
 added: 17 and more are not small."""
 TABLE = torch.tensor([[3, 0, 0], [5, 1, 0], [7, 0, 0], [2, 4, 6]], dtype=torch.int32)
-FUSABLE = ("llama", "layers.mlp", "layers.attention", "layers.norm")
+FUSABLE = ("llama", "layers.mlp", "layers.attention", "layers.norm", "layers.rope")
 """Modules that ask `fused_on`."""
-ASKED = {("LlamaLayer", True), ("Attention", True), ("GatedMLP", True), ("RMSNorm", True)}
+ASKED = {(name, True) for name in ("LlamaLayer", "Attention", "GatedMLP", "RMSNorm", "RotaryEmbedding")}
 """Layers as they are made where kernels run."""
 
 
