@@ -31,9 +31,11 @@ def capture(
     """
     stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        warm_up()
-    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            warm_up()
+    finally:  # or what a run that failed has begun would read what is written next
+        torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
@@ -42,10 +44,15 @@ def capture(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device's memory was full, be it that ending a capture then failed for another reason."""
-    while not isinstance(error, torch.OutOfMemoryError):
+    """Whether a device's memory was full: torch's own, or a driver's or library's, for which there is but a text.
+
+    Be it that ending a capture then failed for another reason.
+    """
+    while True:
+        text = str(error).lower()
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "alloc_failed" in text:
+            return True
         before = error.__cause__ or error.__context__
         if before is None:
             return False
         error = before
-    return True

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from tessera.attention.contract import AttentionBackend, Phase, Shape
+from tessera.attention.contract import AttentionBackend, Phase
 from tessera.attention.workloads import Workload, make_case
 from tessera.errors import BackendError
 
@@ -18,7 +19,7 @@ _LENS = {
 }
 """Odd lengths, and where padding occurs a row of it."""
 _LONGEST = 8192
-"""A window longer than this is not crossed."""
+"""A window longer than this is not crossed; what graphs are planned for here."""
 
 
 def self_test(backends: Iterable[AttentionBackend[Any]]) -> None:
@@ -38,9 +39,11 @@ def self_test(backends: Iterable[AttentionBackend[Any]]) -> None:
 def self_test_problem(backend: AttentionBackend[Any]) -> str | None:
     """What is wrong with a bound backend's answers on its own shape, with the worst error; None if nothing is."""
     phase, shape = backend.phase, backend.shape
-    for lens in _batches(phase, shape):
+    for lens, longest in _batches(backend):
         workload = Workload(lens, shape.window, 0, shape.soft_cap, shape.sinks, shape.causal)
         case = make_case(phase, workload, shape)
+        if longest is not None:
+            case = replace(case, batch=replace(case.batch, max_kv_len=longest))
         try:
             problems = case.problems(case.answer_of(backend))
         except Exception as error:  # a library may raise anything; whatever it is, this backend cannot serve
@@ -50,10 +53,17 @@ def self_test_problem(backend: AttentionBackend[Any]) -> str | None:
     return None
 
 
-def _batches(phase: Phase, shape: Shape) -> list[tuple[tuple[int, int], ...]]:
-    """Batches of (q_len, kv_len): short ones, and one whose window has left its first tokens behind."""
-    batches = [_LENS[phase]]
-    if shape.window is not None and shape.window <= _LONGEST and phase is not Phase.VISION:
+def _batches(backend: AttentionBackend[Any]) -> list[tuple[tuple[tuple[int, int], ...], int | None]]:
+    """Batches of (q_len, kv_len), each with the longest sequence that it is planned for, None for its own.
+
+    Short ones, and one whose window has left its first tokens behind; where decodes may be recorded the short ones as a
+    graph for long sequences has them, which a backend may plan otherwise.
+    """
+    phase, window = backend.phase, backend.shape.window
+    batches: list[tuple[tuple[tuple[int, int], ...], int | None]] = [(_LENS[phase], None)]
+    if window is not None and window <= _LONGEST and phase is not Phase.VISION:
         q_len = 1 if phase is Phase.DECODE else 3
-        batches.append(((q_len, shape.window + 13), (q_len, q_len)))
+        batches.append((((q_len, window + 13), (q_len, q_len)), None))
+    if phase is Phase.DECODE and backend.limits[phase].graphs:
+        batches.append((_LENS[phase], _LONGEST))
     return batches

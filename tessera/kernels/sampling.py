@@ -117,8 +117,8 @@ def sample(
     room = min(size, max(LEAST_ROOM, LISTED_TOKENS // rows)) if room is None else room
     if not 1 <= programs <= int(MOST_PROGRAMS) or room < 1:
         raise ConfigError(
-            f"{programs} programs a row and room for {room} tokens were asked for.",
-            f"1 to {int(MOST_PROGRAMS)} programs, and room for at least 1.",
+            f"{programs} programs a row and room for {room} tokens were asked for",
+            f"give programs_per_row of 1 to {int(MOST_PROGRAMS)} and room of 1 or more",
         )
     peak, weigh, list_, draw = _compiled(size, pdl_on(logits.device) if pdl is None else pdl)
     w = Workspace.allocate(rows, size, programs, room, logits.device)

@@ -156,9 +156,12 @@ class StepGraphs:
         """The graph of a key; None where the device's memory is full: the step is launched, and those like it."""
         if self._is_full:
             return None
-        sampled = self._sampled.clone()  # what the step before sampled is still wanted
         try:
-            return self._record(key)
+            sampled = self._sampled.clone()  # what the step before sampled is still wanted
+            try:
+                return self._record(key)
+            finally:
+                self._sampled.copy_(sampled)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -169,8 +172,6 @@ class StepGraphs:
                 key.size.label,
             )
             return None
-        finally:
-            self._sampled.copy_(sampled)
 
     def _record(self, key: _Key) -> _Graph:
         """The graph of a key; whatever compiles or chooses does so in a run before, of nothing but padding."""

@@ -48,13 +48,17 @@ class EventStream(Response):
         """Send what comes at once as one message: a message is a packet, which costs more than all before it."""
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         events: list[bytes] = []
+
+        async def send_events() -> None:
+            if events:
+                data = b"".join(events)
+                events.clear()
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        self.generation.before_waiting = send_events
         try:
             async for chunk in self.chunks:
-                events.append(_event(encode(chunk)))
-                if self.generation.pauses:
-                    data = events[0] if len(events) == 1 else b"".join(events)
-                    events.clear()
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                events.append(_event(encode(chunk)))  # noqa: PERF401 -- sent as they come
         except TesseraError as error:
             events.append(_event(encode(reply_of(error))))
         except Exception:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -106,18 +106,14 @@ class Generation:
         self._texts = {text.request.request_id: text for text in texts}
         self._places = {request.request_id: i for i, request in enumerate(self.requests)}
         self._num_prompt_tokens = sum([len(prompt.token_ids) for prompt in prompts])
-        self._num_ready = 0
+        self.before_waiting: Callable[[], Awaitable[None]] | None = None
+        """Called by `pieces` when all that is here has been given out and more is to come, perhaps long after."""
         self._stream = client.open(_without_stops(self.requests))
 
     @property
     def num_choices(self) -> int:
         """Texts this call generates."""
         return sum(request.params.n for request in self.requests)
-
-    @property
-    def pauses(self) -> bool:
-        """Whether what follows the piece given out last may be long in coming."""
-        return not self._num_ready and not self._stream.finished
 
     def prompt_of(self, choice: int) -> Prompt:
         """The prompt that a choice continues."""
@@ -134,11 +130,13 @@ class Generation:
 
         Tokens of a choice that wait together are one piece: so a server that is behind its engine catches up.
         """
-        while outputs := await self._stream.take():
-            pieces = [self._take(output) for output in outputs]
-            self._num_ready = len(pieces)
-            for piece in pieces:
-                self._num_ready -= 1
+        while True:
+            if self.before_waiting is not None and not self._stream.finished:
+                await self.before_waiting()
+            outputs = await self._stream.take()
+            if not outputs:
+                return
+            for piece in [self._take(output) for output in outputs]:
                 yield piece
 
     def _take(self, output: Output) -> Piece:

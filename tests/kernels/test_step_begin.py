@@ -46,7 +46,7 @@ ROPES = (Rope(theta=10_000.0), Rope(theta=1e6, scaling="linear", factor=4.0), Ro
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("head_dim", [32, 80, 128])
 def test_rotations_equal_those_of_torch(dtype: torch.dtype, rope: Rope, head_dim: int) -> None:
-    """To the last bit on a GPU; the interpreter's cosines are those of another library."""
+    """But for the last place on a GPU; the interpreter's cosines are those of another library."""
     device = torch.device(DEVICE)
     positions = torch.tensor([0, 1, 2, 77, 4095, 131_071, 1_000_000], device=device)
     plain = RotaryEmbedding(rope, head_dim, device, fused=False)

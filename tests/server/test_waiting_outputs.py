@@ -196,6 +196,33 @@ def test_chunks_that_are_here_together_are_one_message_the_end_included() -> Non
     with_client(test)
 
 
+def test_a_piece_that_is_not_told_keeps_no_chunk_back() -> None:
+    """Of two choices one gives text and the other, behind it, none: what a stop string or half a character holds."""
+
+    async def test(client: EngineClient, tokenizer: Tokenizer, _: list[ipc.ToEngine]) -> None:
+        generation = generation_of(client, tokenizer, n=2)
+        sent: list[bytes] = []
+
+        async def chunks() -> AsyncIterator[Chunk]:
+            async for piece in generation.pieces():
+                if piece.choice == 0 or piece.finish_reason:
+                    yield Chunk(piece.text)
+
+        async def send(message: Any) -> None:
+            sent.append(message.get("body", b""))
+            number = len(sent)
+            if number == 5:
+                return
+            reason: Any = "length" if number == 4 else None
+            tokens = [tokenizer.encode(text) for text in (f" b{number}", " c")]
+            report(client, *[Output("r", i, ids, finish_reason=reason) for i, ids in enumerate(tokens)])
+
+        await asyncio.wait_for(EventStream(generation, chunks())({}, asyncio.Event().wait, send), 10)  # type: ignore[arg-type]
+        assert [body.count(b"data:") for body in sent] == [0, 1, 1, 1, 3]
+
+    with_client(test)
+
+
 def test_work_ends_when_the_client_goes_away_and_a_cancellation_stays_one() -> None:
     ended: list[str] = []
 

@@ -115,7 +115,7 @@ class Triton(TritonBackend[TritonPlan | DecodePlan]):
         self._sms, _ = device_resources(shape)
         self._choice = options or choose(phase, shape)
         self._hopper = hopper and uses_hopper_kernel(phase, shape)
-        self._decode = Decode(shape, choice=self._choice) if phase is Phase.DECODE else None
+        self._decode = Decode(shape, choice=self._choice, in_blocks=options is None) if phase is Phase.DECODE else None
         self.options_from = HOPPER_SOURCE if self._hopper and phase is Phase.PREFILL else self._choice.source
 
     def plan(self, batch: Batch) -> TritonPlan | DecodePlan:

@@ -75,6 +75,8 @@ class Decode:
               say. More sequences than every program can read the lengths of are cut up alike all the same.
     options   how to compile and how many programs to aim for, whatever the batch; left out: as `choice` says
     choice    likewise, for few and for many sequences; left out: as is shipped
+    in_blocks whether few short sequences may have a program for each block of tokens (`ONE_BLOCK`), whatever the choice
+              says: not where options are to be tried. Options that are given leave no room for it either.
     """
 
     def __init__(
@@ -85,11 +87,13 @@ class Decode:
         balanced: bool | None = None,
         options: Options | None = None,
         choice: Choice | None = None,
+        in_blocks: bool = True,
     ) -> None:
         # Imported here, not above: Triton takes long to import, and limits are read where it is not installed.
         from tessera.kernels.decode_merge import Workspace
 
         self.shape, self._split, self._balanced, self._options = shape, split, balanced, options
+        self._may_be_in_blocks = in_blocks and split and balanced is None and options is None
         self._sms, shared_memory = device_resources(shape)
         self._choice = choice or shipped(Phase.DECODE, shape, shared_memory, gpu_name(shape))
         # Parts of fewer rows take less of it, and those of more rows are fewer.
@@ -119,7 +123,7 @@ class Decode:
         from tessera.kernels.decode_shares import share_evenly
         from tessera.kernels.paged_decode import tile_rows
 
-        shape, chosen = self.shape, self._options is None and self._balanced is None and self._split
+        shape, chosen = self.shape, self._may_be_in_blocks
         rows, tiles = tile_rows(shape.group, batch.max_q_len, shape.dtype)
         if not chosen or rows > 16 or shape.head_dim > 128 or shape.dtype == torch.float32:
             return None

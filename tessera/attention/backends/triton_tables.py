@@ -50,7 +50,14 @@ _H200 = Tables(
     },
 )
 """The winners where a shape was measured, for heads of 64 to 128 in bfloat16, else what fits into memory."""
-KNOWN = (Gpu(("H200", "H100"), (9, 0), ("2026-11-21-h200-triton-prototypes.md", "2026-11-21-tune.md", "2026-11-22-h200-engine.md"), _H200),)
+KNOWN = (
+    Gpu(
+        ("H200", "H100"),
+        (9, 0),
+        ("2026-11-21-h200-triton-prototypes.md", "2026-11-21-tune.md", "2026-11-22-h200-engine.md"),
+        _H200,
+    ),
+)
 """GPUs for which nothing is searched at start; the files say what a search would still win."""
 FALLBACK = _H200
 """What any other GPU begins with, as much of it as its shared memory holds."""

@@ -17,7 +17,7 @@ Rotation = tuple[Tensor, Tensor]
 class RotaryEmbedding(nn.Module):
     """The rotations of a step's positions, computed once a step and used in every layer.
 
-    There is no table: at 128 Ki positions one would weigh 64 MiB, while six small operations a step cost
+    There is no table: at 128 Ki positions one would weigh 64 MiB, while six small operations a step, or one fused, cost
     less than one layer's. The bits for a position do not depend on what else is in the step.
 
     fused  whether a Triton kernel computes them, in one launch; None: wherever it runs
