@@ -71,7 +71,9 @@ class ByteLevelDetokenizer(Detokenizer):
         if not text:
             self.num_open += len(token_ids)
         elif self._rest or not self._piece_of(token_ids[-1]):
-            self.num_open = self._count_open(token_ids)
+            # Where the rest cut a character off, its first token gave out U+FFFD for that one: none before it is open.
+            cut_off = bool(self._rest) and utf_8_decode(data[:num_used], "replace", False)[1] < num_used
+            self.num_open = self._count_open(token_ids, cut_off)
         else:
             self.num_open = 0
         return text
@@ -81,14 +83,19 @@ class ByteLevelDetokenizer(Detokenizer):
         rest, self._rest = self._rest, b""
         return rest.decode("utf-8", "replace")
 
-    def _count_open(self, token_ids: Sequence[int]) -> int:
-        """How many at the end have no byte before the rest, which lies within them once text has come out."""
+    def _count_open(self, token_ids: Sequence[int], cut_off: bool) -> int:
+        """How many at the end have no byte before the rest, which lies within them once text has come out.
+
+        cut_off  none before the rest's first
+        """
         count, num_bytes = 0, len(self._rest)
         for token_id in reversed(token_ids):
             num_bytes -= len(self._piece_of(token_id))
             if num_bytes < 0:
                 break
             count += 1
+            if cut_off and num_bytes == 0:
+                break
         return count
 
 

@@ -161,3 +161,13 @@ def test_gathering_gives_the_same_result_and_makes_text_rarely(smollm: Tokenizer
         rare = gathers and not stop
         assert sum(delta is not None for delta in deltas) == 2 * (-(-len(ids) // MAX_GATHERED) if rare else len(ids))
     assert dataclasses.asdict(results[0]) == dataclasses.asdict(results[1])
+
+
+def test_a_character_that_is_cut_off_by_another_holds_nothing_before_that_one_back(smollm: Tokenizer) -> None:
+    """A byte, a special token, and a byte that begins anew: the first is U+FFFD by then, and its token out."""
+    begun = next(i for i in range(300) if smollm.token_bytes(i) == b"\xe2")
+    whole, parts = (make_detokenizer(smollm, [0]) for _ in range(2))
+    for token_id in (begun, 2, begun):
+        whole.feed([token_id])
+    assert parts.feed([begun]) + parts.feed([2, begun]) == "\N{REPLACEMENT CHARACTER}"
+    assert parts.num_open == whole.num_open == 1
