@@ -140,7 +140,8 @@ def _programs_per_row(rows: int, size: int, device: torch.device) -> int:
     blocks = triton.cdiv(size, BLOCK)
     most = max(1, min(PROGRAMS_PER_PROCESSOR * _processors(device) // rows, int(MOST_PROGRAMS)))
     each: int = triton.cdiv(blocks, most)
-    return triton.cdiv(blocks, each)  # type: ignore[no-any-return]
+    programs: int = triton.cdiv(blocks, each)
+    return programs
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tessera.attention.backends.naive import Naive
 from tessera.attention.backends.torch_sdpa import TorchSdpaFlash
-from tessera.attention.contract import Claim, Phase, Shape
+from tessera.attention.contract import Batch, Claim, Limits, Phase, Shape
 
 
 class Claims:
@@ -65,6 +66,21 @@ class Wrong(Honest):
 
     def _attend(self, part: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: Any) -> torch.Tensor:
         return super()._attend(part, q * 0.9, k, v, sinks)
+
+
+class WrongWhereLong(Wrong):
+    """Right where it plans for short sequences."""
+
+    limits: ClassVar[dict[Phase, Limits]] = {
+        phase: replace(each, graphs=phase is Phase.DECODE) for phase, each in Honest.limits.items()
+    }
+
+    def plan(self, batch: Batch) -> Any:
+        self._is_long = batch.max_kv_len > 1000
+        return super().plan(batch)
+
+    def _attend(self, part: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: Any) -> torch.Tensor:
+        return super()._attend(part, q if self._is_long else q / 0.9, k, v, sinks)
 
 
 class Raising(Honest):

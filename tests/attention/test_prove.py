@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from attention_cases import DEVICES, make_shape
-from liars import BolderFa3, BoldLiar, FalseFa3, Honest, Liar, Raising, Silent, Vague, Wrong
+from liars import BolderFa3, BoldLiar, FalseFa3, Honest, Liar, Raising, Silent, Vague, Wrong, WrongWhereLong
 from tessera.attention import prove, registry
 from tessera.attention.backends.naive import Naive
 from tessera.attention.backends.torch_sdpa import TorchSdpa, TorchSdpaMath
@@ -204,6 +204,13 @@ def test_self_test_passes_the_right_and_stops_the_wrong(phase: Phase, features: 
     with pytest.raises(BackendError, match=rf"wrong fails its self-test for {phase}.*: error \d.*lengths") as caught:
         self_test([bound(Wrong, phase, **features)])
     assert caught.value.hint and "tessera verify wrong" in caught.value.hint
+
+
+def test_self_test_stops_who_is_wrong_where_a_graph_is_planned_for_long_sequences() -> None:
+    """What serves long sequences may be planned otherwise than what serves short ones."""
+    with pytest.raises(BackendError, match="wrong fails its self-test for decode"):
+        self_test([bound(WrongWhereLong, Phase.DECODE)])
+    self_test([bound(WrongWhereLong, Phase.PREFILL)])  # which short sequences alone are asked of
 
 
 def test_a_profiler_that_sees_nothing_is_an_error_of_its_own() -> None:

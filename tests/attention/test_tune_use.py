@@ -156,7 +156,10 @@ def test_a_search_with_real_kernels_and_real_times_is_found_again(monkeypatch: p
 def test_an_unknown_gpu_is_tuned_once_at_start_and_the_reason_says_so(searched: list[tuple[Phase, Part]]) -> None:
     every = [(Phase.PREFILL, Part.ALL), (Phase.DECODE, Part.FEW), (Phase.DECODE, Part.MANY)]
     for _ in range(2):
-        assert build() == dict.fromkeys(("prefill", "decode"), "named; triton: options tuned on this device")
+        assert build() == {
+            "prefill": "named; triton: options tuned on this device",
+            "decode": "named; triton: options tuned on this device, few short sequences a block a program",
+        }
         assert searched == every
     build(attention_measure="force")
     assert searched == 2 * every

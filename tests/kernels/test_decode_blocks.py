@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from tessera.attention.backends.triton import Triton
+from tessera.attention.backends.triton_choice import shipped
 from tessera.attention.backends.triton_decode import ONE_BLOCK, Decode, DecodePlan, TritonFlashDecoding
 from tessera.attention.backends.triton_options import Options
 from tessera.attention.contract import Phase, Shape
@@ -105,6 +107,9 @@ def test_blocks_are_for_few_short_sequences_in_half_types_and_for_nobody_who_ask
     asked = (Decode(half, options=Options(0, 32, 4, 2, programs_per_sm=2, min_split=64)), Decode(half, split=False))
     assert not any(decode.plan(batch).shares.one_block for decode in asked)
     assert not TritonFlashDecoding(Phase.DECODE, half).plan(batch).shares.one_block
+    served, tried = Triton(Phase.DECODE, half), Triton(Phase.DECODE, half, shipped(Phase.DECODE, half, 227 << 10))
+    assert [each.plan(batch).shares.one_block for each in (served, tried)] == [True, False]  # type: ignore[union-attr]
+    assert ["a block a program" in each.options_from for each in (served, tried)] == [True, False]
 
 
 @needs_compiler

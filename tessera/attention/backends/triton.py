@@ -117,6 +117,8 @@ class Triton(TritonBackend[TritonPlan | DecodePlan]):
         self._hopper = hopper and uses_hopper_kernel(phase, shape)
         self._decode = Decode(shape, choice=self._choice, in_blocks=options is None) if phase is Phase.DECODE else None
         self.options_from = HOPPER_SOURCE if self._hopper and phase is Phase.PREFILL else self._choice.source
+        if self._decode is not None and self._decode.may_be_in_blocks:
+            self.options_from += ", few short sequences a block a program"
 
     def plan(self, batch: Batch) -> TritonPlan | DecodePlan:
         """List the tiles, or in DECODE choose the splits, from the number of sequences and `max_kv_len` alone."""

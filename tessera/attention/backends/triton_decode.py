@@ -93,7 +93,11 @@ class Decode:
         from tessera.kernels.decode_merge import Workspace
 
         self.shape, self._split, self._balanced, self._options = shape, split, balanced, options
-        self._may_be_in_blocks = in_blocks and split and balanced is None and options is None
+        chosen = balanced is None and options is None
+        self.may_be_in_blocks = (
+            in_blocks and split and chosen and shape.head_dim <= 128 and shape.dtype != torch.float32
+        )
+        """Whether small batches are done so."""
         self._sms, shared_memory = device_resources(shape)
         self._choice = choice or shipped(Phase.DECODE, shape, shared_memory, gpu_name(shape))
         # Parts of fewer rows take less of it, and those of more rows are fewer.
@@ -123,11 +127,10 @@ class Decode:
         from tessera.kernels.decode_shares import share_evenly
         from tessera.kernels.paged_decode import tile_rows
 
-        shape, chosen = self.shape, self._may_be_in_blocks
-        rows, tiles = tile_rows(shape.group, batch.max_q_len, shape.dtype)
-        if not chosen or rows > 16 or shape.head_dim > 128 or shape.dtype == torch.float32:
+        rows, tiles = tile_rows(self.shape.group, batch.max_q_len, self.shape.dtype)
+        if not self.may_be_in_blocks or rows > 16:
             return None
-        columns, longest = shape.num_kv_heads * tiles, self._longest(batch)
+        columns, longest = self.shape.num_kv_heads * tiles, self._longest(batch)
         for block, most_programs, most_tokens in ONE_BLOCK:
             splits = -(-longest // block)
             programs = num_seqs * splits * columns
