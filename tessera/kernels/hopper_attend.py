@@ -29,22 +29,20 @@ from tessera.kernels.hopper_softmax import (
     scale_rows,
     softmax,
 )
-from tessera.kernels.hopper_tiles import find_tile, load_rows, store_rows
+from tessera.kernels.hopper_tiles import count_turns, find_keys, find_lens, find_piece, load_rows, store_rows
 
 
 @gluon.jit
 def _load_queries(
-    q: gl.tensor, number: gl.tensor, num_tiles: gl.tensor, where: gl.tuple, PART: gl.constexpr,
-    Q_HEAD_STRIDE: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr,
-    MAIN: gl.constexpr, TAIL: gl.constexpr, HEAD_DIM: gl.constexpr,
+    q: gl.tensor, kv_head: gl.tensor, row: gl.tensor, begin: gl.tensor, q_len: gl.tensor, q_stride: gl.tensor,
+    Q_HEAD_STRIDE: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, MAIN: gl.constexpr, TAIL: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
 ) -> tuple[gl.tensor, ...]:  # fmt: skip
-    """Both parts of the queries of tile `number`, on their way; the main part twice where there is no tail."""
-    main = load_rows(q, number, num_tiles, where, PART, Q_HEAD_STRIDE, HEADS, GROUP, BLOCK_M, ROWS, 0, MAIN, HEAD_DIM)
+    """Both parts of the queries from `row` on, on their way; the main part twice where there is no tail."""
+    main = load_rows(q, kv_head, row, begin, q_len, q_stride, Q_HEAD_STRIDE, GROUP, BLOCK_M, 0, MAIN, HEAD_DIM)
     tail = main
     if TAIL > 0:
-        tail = load_rows(
-            q, number, num_tiles, where, PART, Q_HEAD_STRIDE, HEADS, GROUP, BLOCK_M, ROWS, MAIN, TAIL, HEAD_DIM
-        )
+        tail = load_rows(q, kv_head, row, begin, q_len, q_stride, Q_HEAD_STRIDE, GROUP, BLOCK_M, MAIN, TAIL, HEAD_DIM)
     return main, tail
 
 
@@ -200,19 +198,19 @@ def _begin_scores(
 @gluon.jit
 def _finish_tile(
     weights: gl.tensor, sums: gl.tensor, tails: gl.tensor, queries: gl.tuple, buffer: gl.tensor, keys: gl.tuple,
-    values: gl.tuple, count: gl.tensor, following: gl.tuple, EARLY: gl.constexpr, PART: gl.constexpr,
-    Q_HEAD_STRIDE: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr,
-    MAIN: gl.constexpr, TAIL: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    values: gl.tuple, count: gl.tensor, q: gl.tensor, following: gl.tuple, q_stride: gl.tensor, EARLY: gl.constexpr,
+    Q_HEAD_STRIDE: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, MAIN: gl.constexpr, TAIL: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ) -> tuple[gl.tensor, ...]:  # fmt: skip
     """Sums with the first tile of values, the last to be added; the scores of the following queries, on their way."""
     stage = count % STAGES
     mbarrier.wait(values[2].index(stage), (count // STAGES) & 1)
     pending_sums, pending_tails = _multiply_values(weights, values, stage, sums, tails, TAIL)
     if not EARLY:  # into the only buffer, for all products with what stood there are done
-        q, number, num_tiles, where = following
         main, tail = _load_queries(
-            q, number, num_tiles, where, PART, Q_HEAD_STRIDE, HEADS, GROUP, BLOCK_M, ROWS, MAIN, TAIL, HEAD_DIM
-        )
+            q, following[0], following[1], following[2], following[3], q_stride, Q_HEAD_STRIDE, GROUP, BLOCK_M, MAIN,
+            TAIL, HEAD_DIM,
+        )  # fmt: skip
         _keep_queries(queries, buffer, main, tail, TAIL)
     pending = _begin_scores(queries, buffer, keys, count + 1, TAIL, BLOCK_M, BLOCK_N, STAGES)
     sums, tails = _await_sums(pending_sums, pending_tails, 2 if TAIL > 0 else 1, TAIL)
@@ -222,21 +220,24 @@ def _finish_tile(
 
 @gluon.jit
 def _attend_tile(
-    pending: gl.tensor, count: gl.tensor, buffer: gl.tensor, steps: gl.tensor, number: gl.tensor, PART: gl.constexpr,
-    q: gl.tensor, queries: gl.tuple, keys: gl.tuple, values: gl.tuple, turns: gl.shared_memory_descriptor,
-    out: gl.tensor, sinks: gl.tensor, where: gl.tuple, kv_lens: gl.tensor, num_tiles: gl.tensor, rates: gl.tuple,
-    out_stride: gl.tensor, Q_HEAD_STRIDE: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr,
-    BLOCK_M: gl.constexpr, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr, MAIN: gl.constexpr, TAIL: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr,
-    SINKS: gl.constexpr, EARLY: gl.constexpr, TAKE_TURNS: gl.constexpr, WARPGROUPS: gl.constexpr,
+    pending: gl.tensor, count: gl.tensor, buffer: gl.tensor, steps: gl.tensor, turn: gl.tensor, this: gl.tuple,
+    following: gl.tuple, PART: gl.constexpr, q: gl.tensor, queries: gl.tuple, keys: gl.tuple, values: gl.tuple,
+    turns: gl.shared_memory_descriptor, out: gl.tensor, sinks: gl.tensor, where: gl.tuple, kv_lens: gl.tensor,
+    num_tiles: gl.tensor, rates: gl.tuple, out_stride: gl.tensor, Q_HEAD_STRIDE: gl.constexpr, HEADS: gl.constexpr,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr, MAIN: gl.constexpr,
+    TAIL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, EARLY: gl.constexpr, TAKE_TURNS: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
 ) -> tuple[gl.tensor, ...]:  # fmt: skip
-    """One tile, whose first scores are `pending`; those of the following are when it returns, with the new state."""
+    """One tile, whose first scores are `pending`; those of the following are when it returns, with the new state.
+
+    this, following  of the tile and of the next: key head, this warpgroup's first row, where the sequence's queries
+                     begin, their number, and its tokens'. Those of the one after that are returned: what they are
+                     loaded from takes its time, which passes under the products.
+    """
     layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
-    following = (q, number + gl.num_programs(0), num_tiles, where)
-    kv_head, _seq, row, begin, q_len, kv_len, lowest, highest = find_tile(
-        number, where[0], kv_lens, where[1], HEADS, GROUP, ROWS, BLOCK_N, CAUSAL, WINDOW
-    )
-    row += PART * BLOCK_M
+    kv_head, row, begin, q_len, kv_len = this
+    lowest, highest = find_keys(row - PART * BLOCK_M, q_len, kv_len, GROUP, ROWS, BLOCK_N, CAUSAL, WINDOW)
     low, high = kv_len - q_len + row // GROUP, kv_len - q_len + (row + BLOCK_M - 1) // GROUP
     rows = row + gl.arange(0, BLOCK_M, layout)
     position = (kv_len - q_len + rows // GROUP)[:, None]
@@ -244,8 +245,10 @@ def _attend_tile(
     fresh = buffer ^ 1 if EARLY else buffer
     if EARLY:
         main, tail = _load_queries(
-            q, following[1], num_tiles, where, PART, Q_HEAD_STRIDE, HEADS, GROUP, BLOCK_M, ROWS, MAIN, TAIL, HEAD_DIM
-        )
+            q, following[0], following[1], following[2], following[3], where[2], Q_HEAD_STRIDE, GROUP, BLOCK_M, MAIN,
+            TAIL, HEAD_DIM,
+        )  # fmt: skip
+    later_head, later_seq, later_place = find_piece(turn + 2, num_tiles, where[1], HEADS)
     scores = warpgroup_mma_wait(0, [pending])
     mbarrier.arrive(keys[3].index(count % STAGES), count=1)
     weights, peak, total = _attend_first(
@@ -254,19 +257,32 @@ def _attend_tile(
     )  # fmt: skip
     if EARLY:
         _keep_queries(queries, fresh, main, tail, TAIL)
+    later_begin, later_q_len, later_kv_len = find_lens(later_seq, where[0], kv_lens)
     weights, sums, tails, total, count, steps = _attend_rest(
         queries[0].index(buffer), queries[1].index(buffer), keys, values, turns, steps, weights, position, kv_len, low,
         high, highest, highest - lowest, peak, total, count, rates, PART, WARPGROUPS, TAKE_TURNS, MAIN, TAIL, BLOCK_M,
         BLOCK_N, STAGES, CAUSAL, WINDOW, SOFT_CAP,
     )  # fmt: skip
     pending, sums, tails, count = _finish_tile(
-        weights, sums, tails, queries, fresh, keys, values, count, following, EARLY, PART, Q_HEAD_STRIDE, HEADS, GROUP,
-        BLOCK_M, ROWS, MAIN, TAIL, HEAD_DIM, BLOCK_N, STAGES,
+        weights, sums, tails, queries, fresh, keys, values, count, q, following, where[2], EARLY, Q_HEAD_STRIDE, GROUP,
+        BLOCK_M, MAIN, TAIL, HEAD_DIM, BLOCK_N, STAGES,
     )  # fmt: skip
     _store_answers(
         out, sums, tails, total, row, kv_head, begin, q_len, out_stride, GROUP, BLOCK_M, MAIN, TAIL, HEAD_DIM
     )
-    return pending, count, fresh, steps
+    later_row = later_place * ROWS + PART * BLOCK_M
+    return pending, count, fresh, steps, later_head, later_row, later_begin, later_q_len, later_kv_len
+
+
+@gluon.jit
+def _find_tile(
+    turn: gl.tensor, num_tiles: gl.tensor, where: gl.tuple, kv_lens: gl.tensor, PART: gl.constexpr,
+    HEADS: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr,
+) -> tuple[gl.tensor, ...]:  # fmt: skip
+    """What `_attend_tile` wants to know of the tile at a turn."""
+    kv_head, seq, place = find_piece(turn, num_tiles, where[1], HEADS)
+    begin, q_len, kv_len = find_lens(seq, where[0], kv_lens)
+    return kv_head, place * ROWS + PART * BLOCK_M, begin, q_len, kv_len
 
 
 @gluon.jit
@@ -284,16 +300,24 @@ def consume(
              tiles, (scale, soft cap) in units of log2, out_stride
     """
     q, keys, values, turns, out, sinks, where, kv_lens, num_tiles, rates, out_stride = data
+    first = gl.program_id(0) * 0
+    head, row, begin, q_len, kv_len = _find_tile(first, num_tiles, where, kv_lens, PART, HEADS, BLOCK_M, ROWS)
     main, tail = _load_queries(
-        q, gl.program_id(0), num_tiles, where, PART, Q_HEAD_STRIDE, HEADS, GROUP, BLOCK_M, ROWS, MAIN, TAIL, HEAD_DIM
+        q, head, row, begin, q_len, where[2], Q_HEAD_STRIDE, GROUP, BLOCK_M, MAIN, TAIL, HEAD_DIM
+    )
+    next_head, next_row, next_begin, next_q_len, next_kv_len = _find_tile(
+        first + 1, num_tiles, where, kv_lens, PART, HEADS, BLOCK_M, ROWS
     )
     _keep_queries(queries, 0, main, tail, TAIL)
     pending = _begin_scores(queries, 0, keys, 0, TAIL, BLOCK_M, BLOCK_N, STAGES)
     count, buffer, steps = 0, 0, 0
-    for number in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        pending, count, buffer, steps = _attend_tile(
-            pending, count, buffer, steps, number, PART, q, queries, keys, values, turns, out, sinks, where, kv_lens,
-            num_tiles, rates, out_stride, Q_HEAD_STRIDE, HEADS, GROUP, BLOCK_M, ROWS, HEAD_DIM, MAIN, TAIL, BLOCK_N,
-            STAGES, CAUSAL, WINDOW, SOFT_CAP, SINKS, EARLY, TAKE_TURNS, WARPGROUPS,
+    for turn in range(count_turns(num_tiles)):
+        this = (head, row, begin, q_len, kv_len)
+        following = (next_head, next_row, next_begin, next_q_len, next_kv_len)
+        head, row, begin, q_len, kv_len = following
+        pending, count, buffer, steps, next_head, next_row, next_begin, next_q_len, next_kv_len = _attend_tile(
+            pending, count, buffer, steps, turn, this, following, PART, q, queries, keys, values, turns, out, sinks,
+            where, kv_lens, num_tiles, rates, out_stride, Q_HEAD_STRIDE, HEADS, GROUP, BLOCK_M, ROWS, HEAD_DIM, MAIN,
+            TAIL, BLOCK_N, STAGES, CAUSAL, WINDOW, SOFT_CAP, SINKS, EARLY, TAKE_TURNS, WARPGROUPS,
         )  # fmt: skip
     warpgroup_mma_wait(0, [pending])

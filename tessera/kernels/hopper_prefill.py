@@ -22,15 +22,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from tessera.kernels.dependent import launch_constants, pdl_on, wait_for_launch
 from tessera.kernels.hopper_attend import consume
-from tessera.kernels.hopper_tiles import copy_tile, find_slots, find_tile
+from tessera.kernels.hopper_tiles import copy_tile, count_turns, find_keys, find_lens, find_piece, find_slots
 from tessera.kernels.launch import Launcher
 from tessera.kernels.packed import head_parts
 from tessera.kernels.scores import Scores
 
 BLOCK_M = 64
 """Rows of a warpgroup: what one instruction multiplies."""
-STAGES = 2
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class HopperOptions:
     """Tokens of a tile of keys."""
     warpgroups: int
     """Those that attend: 2 or 3."""
+    stages: int
+    """Tiles of keys, and of values, that there is room for."""
     early: bool = True
     """Whether the next queries are loaded while these attend, which takes a second buffer."""
     take_turns: bool = False
@@ -52,13 +54,15 @@ class HopperOptions:
         return self.warpgroups * BLOCK_M
 
 
-def hopper_options(head_dim: int) -> HopperOptions:
-    """The quickest that fit into registers and shared memory."""
+def hopper_options(head_dim: int, *, paged: bool) -> HopperOptions:
+    """The quickest that fit into registers and shared memory, for keys in pages or packed ones."""
     if head_dim > 128:
-        return HopperOptions(64, 2, early=False)
-    if head_dim == 128:
-        return HopperOptions(64, 3)
-    return HopperOptions(128, 3 if head_dim == 64 else 2, take_turns=True)
+        return HopperOptions(64, 2, stages=2, early=False)
+    if head_dim > 96:
+        return HopperOptions(64, 3, stages=3)
+    if head_dim > 64:
+        return HopperOptions(128, 2, stages=2, take_turns=True)
+    return HopperOptions(64, 3, 3, take_turns=True) if paged else HopperOptions(128, 3, 2, take_turns=True)
 
 
 @gluon.jit
@@ -97,10 +101,10 @@ def _produce(
     k_main, k_tail, k_ready, k_free = keys
     v_main, v_tail, v_ready, v_free = values
     count = 0
-    for number in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        kv_head, seq, _row, begin, _q_len, kv_len, low, high = find_tile(
-            number, where[0], kv_lens, where[1], HEADS, GROUP, ROWS, BLOCK_N, CAUSAL, WINDOW
-        )
+    for turn in range(count_turns(num_tiles)):
+        kv_head, seq, place = find_piece(turn, num_tiles, where[1], HEADS)
+        begin, q_len, kv_len = find_lens(seq, where[0], kv_lens)
+        low, high = find_keys(place * ROWS, q_len, kv_len, GROUP, ROWS, BLOCK_N, CAUSAL, WINDOW)
         table_row = page_table + seq.to(gl.int64) * table_stride
         for index in range(high - low + 1):
             stage, phase, first = count % STAGES, (count // STAGES) & 1, (high - index) * BLOCK_N
@@ -180,7 +184,7 @@ def hopper_prefill_kernel(
     Q_HEAD_STRIDE: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
     MAIN: gl.constexpr, TAIL: gl.constexpr, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr,
-    SINKS: gl.constexpr, EARLY: gl.constexpr, TAKE_TURNS: gl.constexpr, WARPGROUPS: gl.constexpr,
+    SINKS: gl.constexpr, EARLY: gl.constexpr, TAKE_TURNS: gl.constexpr, WARPGROUPS: gl.constexpr, PDL: gl.constexpr,
 ) -> None:  # fmt: skip
     """Tiles of all key heads, dealt out to however many programs there are; shapes as `hopper_prefill`."""
     dtype: gl.constexpr = q.dtype.element_ty
@@ -201,6 +205,7 @@ def hopper_prefill_kernel(
         third = (_make_tiles(dtype, BUFFERS, BLOCK_M, MAIN), _make_tiles(dtype, BUFFERS, BLOCK_M, TAIL))
     turns = _make_barriers(1, WARPGROUPS)
     fence_async_shared()
+    wait_for_launch(PDL)
     _specialize(
         q, (first, second, third), keys, values, turns, (k_desc, v_desc, k_tail_desc, v_tail_desc), page_table,
         table_stride, out, sinks, (cu_q_lens, tiles, q_stride), kv_lens, num_tiles, (scale_log2, cap_log2), out_stride,
@@ -230,16 +235,18 @@ def hopper_prefill(
     causal: bool,
     scores: Scores,
     max_programs: int,
+    pdl: bool | None = None,
 ) -> Tensor:
     """As `paged_prefill.paged_prefill`, without pages as `packed.packed_attention`, for bfloat16 or float16.
 
     k, v          [pages, page_size, kv_heads, head_dim], contiguous; page_size a power of two from 16 on. Without a
                   page table [tokens, kv_heads, head_dim], the heads of a token side by side
-    tiles         [n, 2] int32: (sequence, tile of `hopper_options(head_dim).rows` rows), all once, those that see the
+    tiles         [n, 2] int32: (sequence, tile of `hopper_options(...).rows` rows), all once, those that see the
                   most keys first
     max_programs  that may run at a time; each takes several tiles where there are more
+    pdl           see `dependent.py`; None: where `pdl_on`
     """
-    heads, head_dim, options = k.shape[-2], q.shape[2], hopper_options(q.shape[2])
+    heads, head_dim, options = k.shape[-2], q.shape[2], hopper_options(q.shape[2], paged=page_table is not None)
     out, num_tiles = q.new_empty(q.shape), len(tiles) * heads
     if num_tiles == 0:
         return out
@@ -251,9 +258,10 @@ def hopper_prefill(
         q, *_descriptors(k, v, box, main), *_descriptors(k, v, box, tail or main), table, cu_q_lens, kv_lens, tiles,
         kv_lens if sinks is None else sinks, out, num_tiles, *scores.log2, q.stride(0), out.stride(0), table.stride(0),
         Q_HEAD_STRIDE=q.stride(1), HEADS=heads, GROUP=q.shape[1] // heads, HEAD_DIM=head_dim, MAIN=main, TAIL=tail,
-        PAGE_SIZE=page_size, BOX=box, BLOCK_M=BLOCK_M, BLOCK_N=options.block_n, STAGES=STAGES, CAUSAL=causal,
+        PAGE_SIZE=page_size, BOX=box, BLOCK_M=BLOCK_M, BLOCK_N=options.block_n, STAGES=options.stages, CAUSAL=causal,
         WINDOW=scores.window or 0, SOFT_CAP=scores.soft_cap is not None, SINKS=sinks is not None, EARLY=options.early,
         TAKE_TURNS=options.take_turns, WARPGROUPS=options.warpgroups, num_warps=4,
+        **launch_constants(pdl_on(q.device) if pdl is None else pdl),
     )  # fmt: skip
     return out
 

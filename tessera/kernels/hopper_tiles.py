@@ -16,21 +16,49 @@ _copy_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glo
 
 
 @gluon.jit
-def find_tile(
-    number: gl.tensor, cu_q_lens: gl.tensor, kv_lens: gl.tensor, tiles: gl.tensor, HEADS: gl.constexpr,
-    GROUP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
-) -> tuple[gl.tensor, ...]:  # fmt: skip
-    """The key head, sequence and first row of a tile, its sequence's lengths, and the tiles of keys that it sees."""
-    seq = gl.load(tiles + 2 * (number // HEADS))
-    row = gl.load(tiles + 2 * (number // HEADS) + 1) * ROWS
+def nth_number(turn: gl.tensor) -> gl.tensor:
+    """The number of the tile that this program takes at its `turn`; every second round is dealt out backwards.
+
+    Tiles stand longest first: dealt out in one direction, the first programs would have the longer one of every round.
+    """
+    programs = gl.num_programs(0)
+    place = gl.where(turn % 2 == 1, programs - 1 - gl.program_id(0), gl.program_id(0))
+    return turn * programs + place
+
+
+@gluon.jit
+def count_turns(num_tiles: gl.tensor) -> gl.tensor:
+    """How many tiles this program takes: as many as there are whole rounds, and one of the rest if its turn has one."""
+    rounds = num_tiles // gl.num_programs(0)
+    return rounds + (nth_number(rounds) < num_tiles).to(gl.int32)
+
+
+@gluon.jit
+def find_piece(turn: gl.tensor, num_tiles: gl.tensor, tiles: gl.tensor, HEADS: gl.constexpr) -> tuple[gl.tensor, ...]:
+    """The key head, the sequence and the number in it of the tile at a turn; past the last turn of any tile's."""
+    number = gl.minimum(nth_number(turn), num_tiles - 1)
+    place = tiles + 2 * (number // HEADS)
+    return number % HEADS, gl.load(place), gl.load(place + 1)
+
+
+@gluon.jit
+def find_lens(seq: gl.tensor, cu_q_lens: gl.tensor, kv_lens: gl.tensor) -> tuple[gl.tensor, ...]:
+    """Where a sequence's queries begin, their number and that of its tokens."""
     begin = gl.load(cu_q_lens + seq)
-    q_len = gl.load(cu_q_lens + seq + 1) - begin
-    kv_len = gl.load(kv_lens + seq)
+    return begin, gl.load(cu_q_lens + seq + 1) - begin, gl.load(kv_lens + seq)
+
+
+@gluon.jit
+def find_keys(
+    row: gl.tensor, q_len: gl.tensor, kv_len: gl.tensor, GROUP: gl.constexpr, ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+) -> tuple[gl.tensor, ...]:  # fmt: skip
+    """The first and the last tile of keys that rows from `row` on see; one where they see none."""
     last = kv_len - q_len + gl.minimum((row + ROWS - 1) // GROUP, q_len - 1)
     end = gl.minimum(kv_len, last + 1) if CAUSAL else (gl.minimum(kv_len, last + WINDOW) if WINDOW > 0 else kv_len)
     end = gl.where(row < q_len * GROUP, end, 0)  # a tile that its sequence does not have, of a graph with room for more
-    low = gl.maximum(kv_len - q_len + row // GROUP - WINDOW + 1, 0) // BLOCK_N if WINDOW > 0 else seq * 0
-    return number % HEADS, seq, row, begin, q_len, kv_len, low, gl.maximum(gl.cdiv(end, BLOCK_N) - 1, low)
+    low = gl.maximum(kv_len - q_len + row // GROUP - WINDOW + 1, 0) // BLOCK_N if WINDOW > 0 else row * 0
+    return low, gl.maximum(gl.cdiv(end, BLOCK_N) - 1, low)
 
 
 @gluon.jit
@@ -65,23 +93,14 @@ def copy_tile(
 
 @gluon.jit
 def load_rows(
-    q: gl.tensor, number: gl.tensor, num_tiles: gl.tensor, where: gl.tuple, PART: gl.constexpr,
-    Q_HEAD_STRIDE: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr,
-    FIRST: gl.constexpr, WIDTH: gl.constexpr, HEAD_DIM: gl.constexpr,
+    q: gl.tensor, kv_head: gl.tensor, row: gl.tensor, begin: gl.tensor, q_len: gl.tensor, q_stride: gl.tensor,
+    Q_HEAD_STRIDE: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """Columns FIRST .. FIRST + WIDTH of one group's queries [BLOCK_M, WIDTH], zeros past the last row and column.
-
-    where  cu_q_lens, tiles, q_stride
-    """
-    cu_q_lens, tiles, q_stride = where
+    """Columns FIRST .. FIRST + WIDTH of one group's queries [BLOCK_M, WIDTH], zeros past the last row and column."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (WIDTH // 8), WIDTH // 8], [4, 1], [1, 0])
-    number = gl.minimum(number, num_tiles - 1)
-    seq = gl.load(tiles + 2 * (number // HEADS))
-    begin = gl.load(cu_q_lens + seq)
-    q_len = gl.load(cu_q_lens + seq + 1) - begin
-    row = gl.load(tiles + 2 * (number // HEADS) + 1) * ROWS + PART * BLOCK_M
     rows = row + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
-    head = number % HEADS * GROUP + rows % GROUP
+    head = kv_head * GROUP + rows % GROUP
     starts = (begin + rows // GROUP).to(gl.int64) * q_stride + head * Q_HEAD_STRIDE
     column = FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     real = (rows // GROUP < q_len)[:, None]

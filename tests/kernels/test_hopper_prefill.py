@@ -34,6 +34,9 @@ SHAPE = Shape(32, 8, 128, 128**-0.5, torch.bfloat16, "cuda", (9, 0), 16, shared_
     [
         (128, 16, {}),
         (256, 128, {"WINDOW": 128, "SOFT_CAP": True, "SINKS": True}),
+        (64, 16, {"GROUP": 3}),
+        (96, 32, {}),
+        (160, 16, {}),
         (64, 0, {"CAUSAL": False}),
         (72, 0, {"CAUSAL": False}),
     ],
@@ -44,6 +47,8 @@ def test_it_compiles_into_asynchronous_products_and_copies(
     ptx = _compile(head_dim, page_size, options)
     assert "wgmma.mma_async" in ptx  # not the older products, which take several times as long
     assert "cp.async.bulk.tensor" in ptx
+    before = ptx[: re.search(r"wgmma|cp\.async\.bulk|ld\.global|st\.global", ptx).start()]  # type: ignore[union-attr]
+    assert "griddepcontrol.launch_dependents" in before and "griddepcontrol.wait" in before
     assert re.search(r"setmaxnreg\.dec\S+\s+24;", ptx)  # the copying warp gives its registers away
 
 
@@ -51,9 +56,11 @@ def test_it_compiles_into_asynchronous_products_and_copies(
     ("changes", "prefill", "vision"),
     [
         ({}, True, False),
-        ({"head_dim": 80}, False, True),
-        ({"head_dim": 72}, False, True),
-        ({"head_dim": 64}, False, True),
+        ({"head_dim": 80}, True, True),
+        ({"head_dim": 72}, True, True),
+        ({"head_dim": 64}, True, True),
+        ({"head_dim": 96}, True, False),
+        ({"head_dim": 32}, False, False),
         ({"head_dim": 256}, True, False),
         ({"page_size": 8}, False, False),
         ({"dtype": torch.float32}, False, False),
@@ -88,7 +95,7 @@ def test_packed_batches_go_to_it_from_some_size_on(length: int, worth: bool, mon
 
 def _compile(head_dim: int, page_size: int, options: dict[str, Any]) -> str:
     """PTX for sm_90."""
-    chosen = hopper_prefill.hopper_options(head_dim)
+    chosen = hopper_prefill.hopper_options(head_dim, paged=page_size > 0)
     main, tail = head_parts(head_dim)
     box = min(page_size or chosen.block_n, chosen.block_n)
     constants: dict[str, Any] = {
@@ -102,7 +109,7 @@ def _compile(head_dim: int, page_size: int, options: dict[str, Any]) -> str:
         "BOX": box,
         "BLOCK_M": hopper_prefill.BLOCK_M,
         "BLOCK_N": chosen.block_n,
-        "STAGES": hopper_prefill.STAGES,
+        "STAGES": chosen.stages,
         "CAUSAL": True,
         "WINDOW": 0,
         "SOFT_CAP": False,
@@ -110,6 +117,7 @@ def _compile(head_dim: int, page_size: int, options: dict[str, Any]) -> str:
         "EARLY": chosen.early,
         "TAKE_TURNS": chosen.take_turns,
         "WARPGROUPS": chosen.warpgroups,
+        "PDL": True,
     } | options
     kernel = hopper_prefill.hopper_prefill_kernel
     kinds = POINTERS | dict.fromkeys(("scale_log2", "cap_log2"), "fp32") | dict.fromkeys(constants, "constexpr")
@@ -120,5 +128,5 @@ def _compile(head_dim: int, page_size: int, options: dict[str, Any]) -> str:
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("q", "out", "q_stride", "out_stride")}
     values = {(names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(kernel, {name: kinds.get(name, "i32") for name in names}, values, aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "launch_pdl": True})
     return str(built.asm["ptx"])

@@ -62,8 +62,7 @@ _VISION = replace(
 def uses_hopper_kernel(phase: Phase, shape: Shape) -> bool:
     """Whether `hopper_prefill.py` serves a shape: all its prompts, and packed batches that are `WORTH_HOPPER`."""
     if phase is Phase.PREFILL:
-        # Smaller heads it can serve too, but its launch takes the host longer than most of their prompts the device.
-        fits = shape.head_dim in (128, 256) and shape.page_size in (16, 32, 64, 128, 256)
+        fits = shape.head_dim >= 64 and shape.page_size in (16, 32, 64, 128, 256)
     else:
         fits = phase is Phase.VISION and shape.head_dim in (64, 72, 80)
     half = shape.dtype in (torch.bfloat16, torch.float16)
@@ -155,7 +154,7 @@ class Triton(TritonBackend[TritonPlan | DecodePlan]):
             return self._choice.few.block_m
         from tessera.kernels.hopper_prefill import hopper_options
 
-        return hopper_options(self.shape.head_dim).rows
+        return hopper_options(self.shape.head_dim, paged=self.phase is Phase.PREFILL).rows
 
     def _is_worth_hopper(self, batch: Batch) -> bool:
         if self.phase is Phase.PREFILL:
