@@ -14,6 +14,7 @@ from typing import Any
 
 from tessera.attention import cache
 from tessera.attention.contract import AttentionBackend, Phase, Shape
+from tessera.attention.early import compiling_early
 from tessera.attention.hints import PAGE_SIZES, Request, way_out
 from tessera.attention.measure import Measured, buckets_for, measure
 from tessera.attention.prove import prove_alone
@@ -228,7 +229,8 @@ def _time(phase: Phase, layers: Mapping[Shape, int], buckets: Sequence[Bucket]) 
     """Time every backend that auto may take; BackendError where none answers right."""
     shapes = list(layers)
     preference = dict.fromkeys([*AUTO[phase], *BACKENDS, *plug_ins()])
-    usable, rejected = _candidates(phase, list(preference), shapes)
+    with compiling_early([phase] if phase is Phase.VISION else _PAGED, shapes):
+        usable, rejected = _candidates(phase, list(preference), shapes)
     waiting = [name for name in rejected if not reasons_against(name, phase, shapes) and _costs(name, phase, shapes)]
     smallest = min(buckets, key=lambda bucket: bucket.num_seqs * bucket.kv_len)
     for name in [name for name in usable if name not in BACKENDS]:

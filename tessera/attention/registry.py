@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from typing import Any
 
 from tessera.attention.contract import AttentionBackend, Phase, Shape
@@ -85,7 +87,7 @@ def plug_ins() -> list[str]:
 
 def plug_in_sources() -> list[str]:
     """What each plug-in comes from: its name, its class, and the distribution that registers it with its version."""
-    points = [point for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in BACKENDS]
+    points = [point for point in _registered() if point.name not in BACKENDS]
     packages = [f"{point.dist.name} {point.dist.version}" if point.dist else "no package" for point in points]
     return sorted(f"{point.name} = {point.value} of {package}" for point, package in zip(points, packages))
 
@@ -173,11 +175,22 @@ def leftover_warnings(environment: Mapping[str, str] = os.environ) -> list[str]:
 def _all_paths() -> dict[str, list[str]]:
     """Name -> every module:class that is registered under it."""
     paths = {name: [path] for name, path in BACKENDS.items()}
-    for point in entry_points(group=ENTRY_POINT_GROUP):
+    for point in _registered():
         of_name = paths.setdefault(point.name, [])
         if point.value not in of_name:
             of_name.append(point.value)
     return paths
+
+
+def _registered() -> EntryPoints:
+    """What the installed packages register."""
+    return _search(entry_points, tuple(sys.path))
+
+
+@cache
+def _search(search: Callable[..., EntryPoints], _path: tuple[str, ...]) -> EntryPoints:
+    """Kept, for asking every installed package takes longer than all else that choosing again does."""
+    return search(group=ENTRY_POINT_GROUP)
 
 
 def _import(name: str, path: str) -> tuple[Backend | None, str]:

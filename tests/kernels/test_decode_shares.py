@@ -198,7 +198,7 @@ def test_options_follow_the_number_of_sequences_and_no_length() -> None:
     assert (many.block_n, many.num_warps) == (32, 1)
     small = replace(shape, num_q_heads=9, num_kv_heads=3, head_dim=64)
     few, many = (decode_options(small, num_seqs) for num_seqs in (1, 256))
-    assert ((few.num_stages, few.min_split), (many.num_stages, many.min_split)) == ((4, 128), (5, 512))
+    assert ((few.num_stages, few.min_split), (many.num_stages, many.min_split)) == ((4, 128), (5, 128))
     full = replace(shape, dtype=torch.float32)
     assert decode_options(full, 8) == decode_options(full, 640)
     drafts = decode_options(shape, 64, max_q_len=16)
