@@ -29,9 +29,6 @@ from tessera.kernels.scores import Scores
 KERNELS = {Phase.PREFILL: "paged_prefill_kernel", Phase.DECODE: "paged_decode_kernel", Phase.VISION: "packed_kernel"}
 HOPPER_KERNEL = "hopper_prefill_kernel"
 HOPPER_SOURCE = "options of the kernel for Hopper GPUs"
-LONG_TILE = 8192
-"""Keys of a prompt from which on every tile has a program of its own: where tiles take long the hardware evens out what
-they take, where they are short it pays to begin the next before one is over."""
 WORTH_HOPPER = 3e10
 """Operations of a packed batch from which on the Hopper kernel serves it: a tenth of a millisecond at most, less than
 which its launch takes the host longer than `packed_kernel` takes the device."""
@@ -126,11 +123,7 @@ class Triton(TritonBackend[TritonPlan | DecodePlan]):
         hopper = self._hopper and self._is_worth_hopper(batch)
         tiles = list_tiles(batch, self._tile_rows(hopper), self.shape.group, causal=self.shape.causal)
         there = torch.from_numpy(tiles).to(batch.cu_q_lens.device, non_blocking=True)
-        if not hopper:
-            return TritonPlan(batch, there)
-        long = self.shape.causal and sum(batch.kv_lens_cpu) >= LONG_TILE * len(batch.kv_lens_cpu)
-        programs = max(1, len(tiles) * self.shape.num_kv_heads) if long else self._sms
-        return TritonPlan(batch, there, max_programs=programs)
+        return TritonPlan(batch, there, max_programs=self._sms if hopper else 0)
 
     def plan_capture(self, batch: Batch) -> TritonPlan | DecodePlan:
         """As `plan`, with room for the tiles of any batch of as many sequences and no more tokens."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from tessera.attention.contract import AttentionBackend
 from tessera.attention.cuda import make_event
 from tessera.attention.prove import proof_of, prove_call
-from tessera.attention.timing import FLUSH_BYTES, Inputs, capture_runs, event_ms, time_plan, wall_ms
+from tessera.attention.timing import FLUSH_BYTES, Inputs, capture_runs, event_ms, flush_cache, time_plan, wall_ms
 from tessera.bench.kernels.cases import Part
 from tessera.bench.kernels.inputs import Expected
 from tessera.errors import BackendError
@@ -177,7 +177,7 @@ class Cold:
         """
         start, end = make_event(timing=True), make_event(timing=True)
         warm()
-        self.memory.zero_()
+        flush_cache(self.memory)
         start.record()
         began = time.perf_counter()
         call()
