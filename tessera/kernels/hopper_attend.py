@@ -13,13 +13,16 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
+from tessera.kernels.hopper_parts import (
+    await_sums,
+    begin_sums,
+    keep_queries,
+    load_queries,
+    multiply_values,
+    store_answers,
+)
 from tessera.kernels.hopper_softmax import (
     as_operand,
     begin_softmax,
@@ -29,30 +32,7 @@ from tessera.kernels.hopper_softmax import (
     scale_rows,
     softmax,
 )
-from tessera.kernels.hopper_tiles import count_turns, find_keys, find_lens, find_piece, load_rows, store_rows
-
-
-@gluon.jit
-def _load_queries(
-    q: gl.tensor, kv_head: gl.tensor, row: gl.tensor, begin: gl.tensor, q_len: gl.tensor, q_stride: gl.tensor,
-    Q_HEAD_STRIDE: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, MAIN: gl.constexpr, TAIL: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-) -> tuple[gl.tensor, ...]:  # fmt: skip
-    """Both parts of the queries from `row` on, on their way; the main part twice where there is no tail."""
-    main = load_rows(q, kv_head, row, begin, q_len, q_stride, Q_HEAD_STRIDE, GROUP, BLOCK_M, 0, MAIN, HEAD_DIM)
-    tail = main
-    if TAIL > 0:
-        tail = load_rows(q, kv_head, row, begin, q_len, q_stride, Q_HEAD_STRIDE, GROUP, BLOCK_M, MAIN, TAIL, HEAD_DIM)
-    return main, tail
-
-
-@gluon.jit
-def _keep_queries(queries: gl.tuple, buffer: gl.tensor, main: gl.tensor, tail: gl.tensor, TAIL: gl.constexpr) -> None:
-    """Store loaded queries where products will read them."""
-    queries[0].index(buffer).store(main)
-    if TAIL > 0:
-        queries[1].index(buffer).store(tail)
-    fence_async_shared()
+from tessera.kernels.hopper_tiles import count_turns, find_keys, find_lens, find_piece
 
 
 @gluon.jit
@@ -83,41 +63,6 @@ def _attend_first(
 
 
 @gluon.jit
-def _begin_sums(BLOCK_M: gl.constexpr, MAIN: gl.constexpr, TAIL: gl.constexpr) -> tuple[gl.tensor, ...]:
-    """Nothing summed up yet, in both parts; the main part twice where there is no tail."""
-    sums = gl.zeros([BLOCK_M, MAIN], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MAIN, 16]))
-    tails = sums
-    if TAIL > 0:
-        tails = gl.zeros([BLOCK_M, TAIL], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAIL, 16]))
-    return sums, tails
-
-
-@gluon.jit
-def _multiply_values(
-    weights: gl.tensor, values: gl.tuple, stage: gl.tensor, sums: gl.tensor, tails: gl.tensor, TAIL: gl.constexpr,
-) -> tuple[gl.tensor, ...]:  # fmt: skip
-    """Sums with one more tile of weighted values, on their way."""
-    pending = warpgroup_mma(weights, values[0].index(stage), sums, is_async=True)
-    pending_tails = pending
-    if TAIL > 0:
-        pending_tails = warpgroup_mma(as_operand(weights, TAIL), values[1].index(stage), tails, is_async=True)
-    return pending, pending_tails
-
-
-@gluon.jit
-def _await_sums(
-    pending: gl.tensor, pending_tails: gl.tensor, LATER: gl.constexpr, TAIL: gl.constexpr,
-) -> tuple[gl.tensor, ...]:  # fmt: skip
-    """Sums that have come, with so many products begun after them still on their way."""
-    if TAIL > 0:
-        sums, tails = warpgroup_mma_wait(LATER, [pending, pending_tails])
-    else:
-        sums = warpgroup_mma_wait(LATER, [pending])
-        tails = sums
-    return sums, tails
-
-
-@gluon.jit
 def _attend_rest(
     q_main: gl.shared_memory_descriptor, q_tail: gl.shared_memory_descriptor, keys: gl.tuple, values: gl.tuple,
     turns: gl.shared_memory_descriptor, steps: gl.tensor, weights: gl.tensor, position: gl.tensor, kv_len: gl.tensor,
@@ -131,7 +76,7 @@ def _attend_rest(
     _v_main, _v_tail, v_ready, v_free = values
     scale_log2, cap_log2 = rates
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    sums, tails = _begin_sums(BLOCK_M, MAIN, TAIL)
+    sums, tails = begin_sums(BLOCK_M, MAIN, TAIL)
     first, token = tile * BLOCK_N, gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))[None, :] + tile * BLOCK_N
     for _ in range(num_tiles):
         before, phase_before = count % STAGES, (count // STAGES) & 1
@@ -145,7 +90,7 @@ def _attend_rest(
             steps += 1
         pending = multiply_keys(q_main, q_tail, k_main.index(stage), k_tail.index(stage), TAIL, BLOCK_M, BLOCK_N)
         mbarrier.wait(v_ready.index(before), phase_before)
-        pending_sums, pending_tails = _multiply_values(weights, values, before, sums, tails, TAIL)
+        pending_sums, pending_tails = multiply_values(weights, values, before, sums, tails, TAIL)
         if TAKE_TURNS:
             mbarrier.arrive(turns.index((PART + 1) % WARPGROUPS), count=1)
         scores = warpgroup_mma_wait(2 if TAIL > 0 else 1, [pending])
@@ -155,30 +100,12 @@ def _attend_rest(
             SOFT_CAP,
         )  # fmt: skip
         fresh, peak, total, shrink = softmax(scores, peak, total, 1.0 if SOFT_CAP else scale_log2)
-        sums, tails = _await_sums(pending_sums, pending_tails, 0, TAIL)
+        sums, tails = await_sums(pending_sums, pending_tails, 0, TAIL)
         mbarrier.arrive(v_free.index(before), count=1)
         sums = scale_rows(sums, shrink, MAIN)
         tails = scale_rows(tails, shrink, TAIL) if TAIL > 0 else sums
         weights = as_operand(fresh.to(q_main.dtype), MAIN)
     return weights, sums, tails, total, count, steps
-
-
-@gluon.jit
-def _store_answers(
-    out: gl.tensor, sums: gl.tensor, tails: gl.tensor, total: gl.tensor, row: gl.tensor, kv_head: gl.tensor,
-    begin: gl.tensor, q_len: gl.tensor, out_stride: gl.tensor, GROUP: gl.constexpr, BLOCK_M: gl.constexpr,
-    MAIN: gl.constexpr, TAIL: gl.constexpr, HEAD_DIM: gl.constexpr,
-) -> None:  # fmt: skip
-    """Both parts of a warpgroup's rows, divided by their totals; zeros where no key was seen."""
-    inverse = 1.0 / gl.where(total > 0, total, 1.0)
-    store_rows(
-        out, scale_rows(sums, inverse, MAIN), row, kv_head, begin, q_len, out_stride, GROUP, BLOCK_M, 0, MAIN, HEAD_DIM
-    )
-    if TAIL > 0:
-        store_rows(
-            out, scale_rows(tails, inverse, TAIL), row, kv_head, begin, q_len, out_stride, GROUP, BLOCK_M, MAIN, TAIL,
-            HEAD_DIM,
-        )  # fmt: skip
 
 
 @gluon.jit
@@ -205,15 +132,12 @@ def _finish_tile(
     """Sums with the first tile of values, the last to be added; the scores of the following queries, on their way."""
     stage = count % STAGES
     mbarrier.wait(values[2].index(stage), (count // STAGES) & 1)
-    pending_sums, pending_tails = _multiply_values(weights, values, stage, sums, tails, TAIL)
+    pending_sums, pending_tails = multiply_values(weights, values, stage, sums, tails, TAIL)
     if not EARLY:  # into the only buffer, for all products with what stood there are done
-        main, tail = _load_queries(
-            q, following[0], following[1], following[2], following[3], q_stride, Q_HEAD_STRIDE, GROUP, BLOCK_M, MAIN,
-            TAIL, HEAD_DIM,
-        )  # fmt: skip
-        _keep_queries(queries, buffer, main, tail, TAIL)
+        main, tail = load_queries(q, following, q_stride, Q_HEAD_STRIDE, GROUP, BLOCK_M, MAIN, TAIL, HEAD_DIM)
+        keep_queries(queries, buffer, main, tail, TAIL)
     pending = _begin_scores(queries, buffer, keys, count + 1, TAIL, BLOCK_M, BLOCK_N, STAGES)
-    sums, tails = _await_sums(pending_sums, pending_tails, 2 if TAIL > 0 else 1, TAIL)
+    sums, tails = await_sums(pending_sums, pending_tails, 2 if TAIL > 0 else 1, TAIL)
     mbarrier.arrive(values[3].index(stage), count=1)
     return pending, sums, tails, count + 1
 
@@ -244,10 +168,7 @@ def _attend_tile(
     peak, total = begin_softmax(sinks, kv_head * GROUP + rows % GROUP, BLOCK_M, BLOCK_N, SINKS)
     fresh = buffer ^ 1 if EARLY else buffer
     if EARLY:
-        main, tail = _load_queries(
-            q, following[0], following[1], following[2], following[3], where[2], Q_HEAD_STRIDE, GROUP, BLOCK_M, MAIN,
-            TAIL, HEAD_DIM,
-        )  # fmt: skip
+        main, tail = load_queries(q, following, where[2], Q_HEAD_STRIDE, GROUP, BLOCK_M, MAIN, TAIL, HEAD_DIM)
     later_head, later_seq, later_place = find_piece(turn + 2, num_tiles, where[1], HEADS)
     scores = warpgroup_mma_wait(0, [pending])
     mbarrier.arrive(keys[3].index(count % STAGES), count=1)
@@ -256,7 +177,7 @@ def _attend_tile(
         TAIL, BLOCK_N, STAGES, CAUSAL, WINDOW, SOFT_CAP,
     )  # fmt: skip
     if EARLY:
-        _keep_queries(queries, fresh, main, tail, TAIL)
+        keep_queries(queries, fresh, main, tail, TAIL)
     later_begin, later_q_len, later_kv_len = find_lens(later_seq, where[0], kv_lens)
     weights, sums, tails, total, count, steps = _attend_rest(
         queries[0].index(buffer), queries[1].index(buffer), keys, values, turns, steps, weights, position, kv_len, low,
@@ -267,9 +188,7 @@ def _attend_tile(
         weights, sums, tails, queries, fresh, keys, values, count, q, following, where[2], EARLY, Q_HEAD_STRIDE, GROUP,
         BLOCK_M, MAIN, TAIL, HEAD_DIM, BLOCK_N, STAGES,
     )  # fmt: skip
-    _store_answers(
-        out, sums, tails, total, row, kv_head, begin, q_len, out_stride, GROUP, BLOCK_M, MAIN, TAIL, HEAD_DIM
-    )
+    store_answers(out, sums, tails, total, row, kv_head, begin, q_len, out_stride, GROUP, BLOCK_M, MAIN, TAIL, HEAD_DIM)
     later_row = later_place * ROWS + PART * BLOCK_M
     return pending, count, fresh, steps, later_head, later_row, later_begin, later_q_len, later_kv_len
 
@@ -302,13 +221,13 @@ def consume(
     q, keys, values, turns, out, sinks, where, kv_lens, num_tiles, rates, out_stride = data
     first = gl.program_id(0) * 0
     head, row, begin, q_len, kv_len = _find_tile(first, num_tiles, where, kv_lens, PART, HEADS, BLOCK_M, ROWS)
-    main, tail = _load_queries(
-        q, head, row, begin, q_len, where[2], Q_HEAD_STRIDE, GROUP, BLOCK_M, MAIN, TAIL, HEAD_DIM
+    main, tail = load_queries(
+        q, (head, row, begin, q_len), where[2], Q_HEAD_STRIDE, GROUP, BLOCK_M, MAIN, TAIL, HEAD_DIM
     )
     next_head, next_row, next_begin, next_q_len, next_kv_len = _find_tile(
         first + 1, num_tiles, where, kv_lens, PART, HEADS, BLOCK_M, ROWS
     )
-    _keep_queries(queries, 0, main, tail, TAIL)
+    keep_queries(queries, 0, main, tail, TAIL)
     pending = _begin_scores(queries, 0, keys, 0, TAIL, BLOCK_M, BLOCK_N, STAGES)
     count, buffer, steps = 0, 0, 0
     for turn in range(count_turns(num_tiles)):
