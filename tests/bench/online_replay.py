@@ -11,7 +11,7 @@ REPLAY = Replay(
     trace=poisson(rate=40, number=4, input_len="8", output_len="5", seed=0),
     scales=[0.5, 1.0],
     vocabulary=Vocabulary(PLAIN_IDS),
-    case={"rate": 40},
+    case={"rate": 40, "input_len": "8"},
     num_warmup=1,
     timeout_s=5,
 )

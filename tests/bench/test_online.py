@@ -105,6 +105,17 @@ def test_any_openai_server_is_measured_and_a_failing_one_is_a_failed_row(
     assert [json.loads(line)["status"] for line in capsys.readouterr().out.splitlines()] == [row.status for row in rows]
 
 
+def test_so_many_streams_are_kept_in_flight_whatever_is_due(tmp_path: Path, fake: Fake) -> None:
+    """Six requests, due within a second each."""
+    options = ("--num-requests", "6", "--input-len", "8", "--output-len", "4", "--num-warmup", "0", "--repeats", "1")
+    _, [row], _ = _bench(tmp_path, "--url", f"two={fake.url('steady')}", *options, "--concurrency", "2")
+    about = {"trace": "poisson", "scale": 1.0, "num_requests": 6, "concurrency": 2, "input_len": "8", "output_len": "4"}
+    assert row.status == "ok" and row.case == about and row.conditions.settings["concurrency"] == 2
+    sent = fake.record("steady")
+    in_flight = [sum(other.came <= each.came < other.ended for other in sent) for each in sent]
+    assert len(sent) == 6 and max(in_flight) == 2 and row.metrics["seconds"] < 3
+
+
 def test_texts_are_sent_where_ids_are_not_taken(tmp_path: Path, fake: Fake) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text(json.dumps({"timestamp": 5, "input_length": 33, "output_length": 4, "hash_ids": [1]}) + "\n")

@@ -211,6 +211,13 @@ def test_options_that_make_no_trace_are_refused(tmp_path: Path, given: dict[str,
     assert words in caught.value.message and caught.value.hint
 
 
+@pytest.mark.parametrize("given", [{"scales": "1"}, {"rate": 5.0}])
+def test_where_no_arrival_counts_what_moves_arrivals_is_refused(given: dict[str, Any]) -> None:
+    assert OnlineOptions(concurrency=2).scale_list == [1.0]
+    with pytest.raises(ConfigError, match="is not for --concurrency, where no arrival counts"):
+        _ = OnlineOptions(concurrency=2, **given).scale_list
+
+
 @pytest.mark.parametrize("scales", ["", "0", "1,x", "1,1", "0.4,-1"])
 def test_scales_that_are_none_are_refused(scales: str) -> None:
     with pytest.raises(ConfigError, match="--scales"):

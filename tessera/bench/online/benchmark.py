@@ -51,6 +51,8 @@ class Replay:
     """To the chat endpoint; `vocabulary` must be of words."""
     keep_servers: bool = False
     """Whether our own servers stay up from their first repeat to the end."""
+    concurrency: int | None = None
+    """Streams kept in flight, whatever the arrivals; None: each is sent when it is due."""
     client_processes: int = 0
     """That send the load together; 0: as many as it and this machine's cores ask for. ConfigError for too many."""
 
@@ -59,7 +61,7 @@ class Replay:
 
     def case_of(self, scale: float) -> dict[str, Value]:
         """As a Record has it."""
-        name = self.trace.name if "rate" in self.case else f"{self.trace.name} ({self.trace.digest})"
+        name = self.trace.name if "input_len" in self.case else f"{self.trace.name} ({self.trace.digest})"
         return {"trace": name, "scale": scale, "num_requests": len(self.trace.arrivals), **self.case}
 
 
@@ -130,6 +132,7 @@ class OnlineBenchmark:
             "slo_tpot_ms": replay.promise.tpot_ms,
             "timeout_s": replay.timeout_s,
             "client_processes": replay.client_processes or "by load and cores",
+            "concurrency": replay.concurrency,
             "prompt_salt": self._run_salt,
             "order": "targets and scales reversed every second repeat",
             "server": self._server_of(target),
@@ -185,8 +188,8 @@ class OnlineBenchmark:
         replay = self.replay
         salt = self._salt(repeat, scale)
         calls = calls_of(replay.trace, replay.vocabulary, scale=scale, salt=salt, messages=replay.messages)
-        processes = num_processes(replay.client_processes, calls, None)
-        return measure(self._job(server, model, calls, None), processes, server.dialect)
+        processes = num_processes(replay.client_processes, calls, replay.concurrency)
+        return measure(self._job(server, model, calls, replay.concurrency), processes, server.dialect)
 
     def _job(self, server: Server, model: str, calls: list[Call], concurrency: int | None) -> Job:
         return Job(server.url, model, calls, self.replay.timeout_s, concurrency, server.headers)

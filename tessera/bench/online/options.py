@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tessera.bench.online.trace import Trace
 
 
+SCALES = "0.4,0.6,0.8,1.0,1.2,1.4,1.6"
+"""Where none are asked for and requests are sent when they are due."""
 NUM_REQUESTS = 32
 """Where none are asked for, of a trace that has no number of its own."""
 
@@ -37,8 +39,12 @@ class OnlineOptions:
     """Tokens of an answer, of poisson only, as --input-len. Left out: 64."""
     max_output_len: int | None = None
     """Most tokens of an answer, of conversations only. Left out: as long as the answers there."""
-    scales: str = "0.4,0.6,0.8,1.0,1.2,1.4,1.6"
-    """Comma separated: gaps between arrivals are multiplied by each in turn, so the smallest is the heaviest load."""
+    scales: str | None = None
+    """Comma separated: gaps between arrivals are multiplied by each in turn, so the smallest is the heaviest load. Left
+    out: 0.4,0.6,0.8,1.0,1.2,1.4,1.6."""
+    concurrency: int | None = None
+    """Streams at a time: as one request ends the next is sent, whenever it is due in the trace. Left out: each request
+    is sent when it is due."""
     num_warmup: int = 4
     """Requests sent at once to each server before the clock starts, with prompts that share nothing with the others. A
     larger batch than that is run for the first time under the clock."""
@@ -65,6 +71,7 @@ class OnlineOptions:
     RANGES: ClassVar[Ranges] = {
         "num_requests": (1, 10**7),
         "rate": (1e-3, 1e6),
+        "concurrency": (1, 4096),
         "max_output_len": (1, 2**24),
         "num_warmup": (0, 1000),
         "slo_ttft_ms": (0.01, 1e9),
@@ -75,10 +82,14 @@ class OnlineOptions:
 
     @property
     def scale_list(self) -> list[float]:
-        """The scales; ConfigError where one is no number, out of range, or given twice."""
-        found = numbers("--scales", self.scales, float, 0.001, 1000)
+        """The scales, 1 where arrivals play no part; ConfigError for no number, out of range, twice, or for nothing."""
+        if self.concurrency is not None:
+            self._refuse("--concurrency, where no arrival counts", "scales", "rate")
+            return [1.0]
+        scales = self.scales if self.scales is not None else SCALES
+        found = numbers("--scales", scales, float, 0.001, 1000)
         if len(set(found)) < len(found):
-            raise ConfigError(f"--scales {self.scales} has a scale twice", "give each once; --repeats repeats them all")
+            raise ConfigError(f"--scales {scales} has a scale twice", "give each once; --repeats repeats them all")
         return found
 
     @property
@@ -88,12 +99,13 @@ class OnlineOptions:
 
     @property
     def case(self) -> dict[str, str | float | int]:
-        """What tells one made trace, or another endpoint for it, from others; {} for a file at the usual endpoint."""
-        endpoint: dict[str, str | float | int] = {"endpoint": "chat"} if self.chat else {}
+        """What tells one made trace, or another endpoint or way of sending it, from others; {} for a file as usual."""
+        how: dict[str, str | float | int] = {"endpoint": "chat"} if self.chat else {}
+        if self.concurrency is not None:
+            how["concurrency"] = self.concurrency
         if self.trace != "poisson":
-            return endpoint
-        return endpoint | {
-            "rate": self.rate or 1.0,
+            return how
+        return (how if self.concurrency is not None else how | {"rate": self.rate or 1.0}) | {
             "input_len": self.input_len or "256",
             "output_len": self.output_len or "64",
         }

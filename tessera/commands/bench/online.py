@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         timeout_s=options.request_timeout,
         messages=options.chat,
         keep_servers=options.keep_servers,
+        concurrency=options.concurrency,
         client_processes=options.client_processes,
     )
     online = OnlineBenchmark(targets, replay, repeats=run_options.repeats)
