@@ -93,8 +93,8 @@ def _decode_steps(table: Options) -> list[Step]:
         {"num_warps": table.num_warps * 2},
         {"programs_per_sm": per_sm * 2, "balanced_per_sm": balanced * 2},
         {"programs_per_sm": max(1, per_sm // 2), "balanced_per_sm": max(1, balanced // 2) if balanced else 0},
-        {"num_stages": table.num_stages - 1, "crowded_stages": 0},
-        {"num_stages": table.num_stages + 1, "crowded_stages": 0},
+        {"num_stages": table.num_stages - 1},
+        {"num_stages": table.num_stages + 1},
         {"min_split": table.min_split // 2},
     ]
 

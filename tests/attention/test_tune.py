@@ -201,17 +201,6 @@ def test_few_and_many_sequences_are_searched_in_batches_that_get_their_options()
     assert all(size.kv_len <= 7 for part in Part for size in tune_space.sizes_of(Phase.DECODE, part, SHAPE, 7))
 
 
-def test_a_crowd_of_sequences_has_stages_of_its_own_as_memory_allows() -> None:
-    """With heads of Llama 3 on an H200 a crowd begins at 83 sequences; with 99 KiB six stages fit."""
-    shape = replace(SHAPE, num_q_heads=32, num_kv_heads=8, head_dim=128)
-    for memory, stages in ((227 << 10, 7), (LEAST_SHARED_MEMORY, 6)):
-        choice = shipped(Phase.DECODE, shape, memory)
-        assert [choice.in_decode(shape, 132, n).num_stages for n in (33, 82, 83, 256)] == [4, 4, stages, stages]
-        assert choice.many.label.startswith(f"32 w1 s4/{stages} p4/8")
-    with pytest.raises(ValueError, match="cannot be compiled"):
-        replace(choice.many, crowded_stages=9)
-
-
 @pytest.mark.parametrize(
     ("name", "capability", "unknown"),
     [

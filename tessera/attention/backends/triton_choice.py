@@ -18,7 +18,7 @@ from tessera.attention.backends.triton_options import (
     head_bytes,
     most_parts,
 )
-from tessera.attention.backends.triton_tables import CROWDED_PER_SM, FALLBACK, KNOWN, MANY_PER_SM
+from tessera.attention.backends.triton_tables import FALLBACK, KNOWN, MANY_PER_SM
 from tessera.attention.contract import Phase, Shape
 from tessera.attention.tune_store import Part
 
@@ -37,8 +37,6 @@ class Choice:
     def in_decode(self, shape: Shape, sms: int, num_seqs: int, max_q_len: int = 1) -> Options:
         """For so many sequences, whatever their lengths, so that a graph may be replayed with any."""
         options = self.many if num_seqs >= many_from(shape, sms) else self.few
-        if options.crowded_stages and num_seqs * shape.num_kv_heads >= CROWDED_PER_SM * sms:
-            options = replace(options, num_stages=options.crowded_stages)
         # A warp multiplies 16 rows at a time; those of more than one query are more.
         rows = 16 if shape.dtype == torch.float32 else min(64, max_q_len * shape.group)
         return replace(options, num_warps=max(options.num_warps, 1 << (-(-rows // 16) - 1).bit_length()))

@@ -41,8 +41,6 @@ class Options:
     """DECODE: fewest tokens a split, unless multiprocessors would idle."""
     balanced_per_sm: int = 0
     """DECODE: programs to aim for where lengths decide how often a sequence is split; 0: all are split alike."""
-    crowded_stages: int = 0
-    """DECODE: stages where there are `CROWDED_PER_SM` sequences and key heads a multiprocessor; 0: as many as else."""
 
     def __post_init__(self) -> None:
         tiles = [self.block_n, *([self.block_m] if self.block_m else [])]
@@ -50,7 +48,7 @@ class Options:
         splits = self.block_m > 0 or (min(self.programs_per_sm, self.min_split) > 0 and self.balanced_per_sm >= 0)
         if not (powers and min(tiles) >= 16 and max(tiles) <= 256 and self.num_warps <= 16):
             raise ValueError(f"tiles of {self.block_m} x {self.block_n} by {self.num_warps} warps cannot be compiled")
-        if not (1 <= self.num_stages <= 8 and 0 <= self.crowded_stages <= 8 and splits):
+        if not (1 <= self.num_stages <= 8 and splits):
             raise ValueError(f"{self.num_stages} stages, {self.min_split} tokens a split cannot be compiled")
 
     @property
@@ -58,16 +56,14 @@ class Options:
         """`128x64 w8 s3`: tile, warps, stages; in DECODE `64 w2 s5 p2/2 min256`: programs a multiprocessor too."""
         tile = f"{self.block_m}x{self.block_n}" if self.block_m else str(self.block_n)
         split = f" p{self.programs_per_sm}/{self.balanced_per_sm} min{self.min_split}" if not self.block_m else ""
-        crowded = f"/{self.crowded_stages}" if self.crowded_stages else ""
-        return f"{tile} w{self.num_warps} s{self.num_stages}{crowded}{split}"
+        return f"{tile} w{self.num_warps} s{self.num_stages}{split}"
 
     def fitted(self, head_bytes: int, shared_memory: int) -> Options:
         """As much of these options as a block has memory for, where a row of a tile takes `head_bytes`."""
         room = shared_memory - self.block_m * head_bytes
-        most = room // (2 * self.block_n * head_bytes)
-        stages = min(self.num_stages, most)
+        stages = min(self.num_stages, room // (2 * self.block_n * head_bytes))
         if stages >= 2 or self.block_n == 16:
-            return replace(self, num_stages=max(1, stages), crowded_stages=min(self.crowded_stages, most))
+            return replace(self, num_stages=max(1, stages))
         return replace(self, block_n=self.block_n // 2).fitted(head_bytes, shared_memory)
 
     def arguments(self) -> dict[str, int]:

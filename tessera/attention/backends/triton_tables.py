@@ -11,9 +11,6 @@ from tessera.attention.contract import Phase
 
 MANY_PER_SM = 2
 """Sequences and key heads a multiprocessor from which on DECODE takes `Tables.many`."""
-CROWDED_PER_SM = 5
-"""And from which on `Options.crowded_stages` are taken: more stages are fewer programs at a time on a multiprocessor,
-so that others are still to begin when the first are over, and nobody waits long for the longest."""
 _FULL_ROWS = (
     (64, Options(64, 32, 8, 2)),
     (96, Options(32, 32, 8, 2)),
@@ -43,7 +40,7 @@ _H200 = Tables(
     },
     many=(
         (64, Options(0, 64, 2, 5, programs_per_sm=6, min_split=128, balanced_per_sm=6)),
-        (128, Options(0, 32, 1, 4, programs_per_sm=4, min_split=256, balanced_per_sm=8, crowded_stages=7)),
+        (128, Options(0, 32, 1, 4, programs_per_sm=4, min_split=256, balanced_per_sm=8)),
         (256, Options(0, 32, 4, 5, programs_per_sm=2, min_split=256, balanced_per_sm=4)),
     ),
     full={
