@@ -19,13 +19,11 @@ from torch import Tensor
 from tessera.runner.graph_sizes import MOST_TABLE_BYTES, GraphLimits, GraphSize
 from tessera.runner.inputs import HostInputs
 from tessera.runner.parameters import SamplingRows
-from tessera.runner.transfer import Staging
+from tessera.runner.transfer import TORCH_TYPES, Staging, aligned
 
 PADDING_SLOT = -1
 _OF_TOKENS = {"token_ids": 0, "sources": -1, "positions": 0, "slots": PADDING_SLOT}
 """The arrays of HostInputs that have an entry a token, and what padding is in them."""
-_ALIGNMENT = 256
-_DTYPES = {np.dtype(np.int32): torch.int32, np.dtype(np.int64): torch.int64, np.dtype(np.float64): torch.float64}
 
 
 class StaticInputs:
@@ -58,7 +56,7 @@ class GraphInputs:
             self._arrays["decode_table"] = static.page_table[: size.decodes]
         self._there = static.storage[:end]
         self._pinned = [buffer[:end] for buffer in static.staging.buffers]
-        self._table_start = start = _aligned(end)
+        self._table_start = start = aligned(end)
         self._table_there = static.storage[start:].view(torch.int32)
         self._table_staged = [buffer[start:].view(torch.int32).numpy() for buffer in static.staging.buffers]
         self._staged: list[dict[str, NDArray[Any]]] = [
@@ -150,8 +148,8 @@ def spans(size: GraphSize, page_size: int) -> list[Span]:
     found, start = [], 0
     for name, (dtype, shape) in layout(size, page_size).items():
         num_bytes = prod(shape) * dtype.itemsize
-        found.append(Span(name, start, start + num_bytes, _DTYPES[dtype], shape))
-        start += _aligned(num_bytes)
+        found.append(Span(name, start, start + num_bytes, TORCH_TYPES[dtype], shape))
+        start += aligned(num_bytes)
     return found
 
 
@@ -188,8 +186,4 @@ def storage_bytes(limits: GraphLimits) -> int:
     most = limits.max_num_seqs
     largest = GraphSize(most, limits.most_tokens, most, limits.page_size)
     tables = max(4 * most * limits.most_pages, MOST_TABLE_BYTES if limits.most_tokens else 0)
-    return _aligned(spans(largest, limits.page_size)[-1].end) + _aligned(tables)
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+    return aligned(spans(largest, limits.page_size)[-1].end) + aligned(tables)

@@ -19,11 +19,12 @@ from tessera.attention.cuda import make_event
 
 _ALIGNMENT = 256
 """Bytes: at least what kernels may take for granted of a tensor's address."""
-_DTYPES = {
+TORCH_TYPES = {
     np.dtype(np.int32): torch.int32,
     np.dtype(np.int64): torch.int64,
     np.dtype(np.float64): torch.float64,
 }
+"""Of the arrays that a step is made of."""
 
 _BUFFERS = 3
 """Of a `Staging`: one that the device reads, one behind it, one that the host writes."""
@@ -123,6 +124,11 @@ def _events(count: int, device: torch.device, make: Callable[[], Event] | None) 
     return [(make or make_event)() for _ in range(count)]
 
 
+def aligned(num_bytes: int) -> int:
+    """Bytes from the start of an array to where the next may begin."""
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
 def to_device(arrays: Items[Array], device: torch.device) -> list[Tensor]:
     """The arrays as tensors there, in one copy that the host does not wait for; on a CPU their own memory."""
     if device.type == "cpu":
@@ -130,14 +136,14 @@ def to_device(arrays: Items[Array], device: torch.device) -> list[Tensor]:
     starts, size = [], 0
     for array in arrays:
         starts.append(size)
-        size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        size += aligned(array.nbytes)
     pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)  # not handed out again before the copy is done
     packed = pinned.numpy()
     for start, array in zip(starts, arrays):
         packed[start : start + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
     there = pinned.to(device, non_blocking=True)
     return [
-        there[start : start + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)
+        there[start : start + array.nbytes].view(TORCH_TYPES[array.dtype]).view(array.shape)
         for start, array in zip(starts, arrays)
     ]
 
