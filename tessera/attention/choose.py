@@ -72,7 +72,8 @@ def build_attention(
         tune_at_start(ours, list(layers), max_len, anew=config.attention_measure == "force")
     for phase, name in wanted.items():
         if name == "auto" and measures:
-            choices[phase], measured = _measured(phase, layers, config.attention_measure, max_len)
+            autos = [each for each, of_it in wanted.items() if of_it == "auto"]
+            choices[phase], measured = _measured(phase, layers, config.attention_measure, max_len, autos)
             fresh += measured
         else:
             _, choices[phase] = choose(phase, name, list(layers))
@@ -208,9 +209,12 @@ _Fresh = list[tuple[dict[str, str], Measured]]
 
 
 def _measured(
-    phase: Phase, layers: Mapping[Shape, int], mode: str, max_len: int | None
+    phase: Phase, layers: Mapping[Shape, int], mode: str, max_len: int | None, autos: Sequence[Phase]
 ) -> tuple[AttentionChoice, _Fresh]:
-    """Auto's choice by measurement, from the cache where `mode` allows it and what it rests on is still so."""
+    """Auto's choice by measurement, from the cache where `mode` allows it and what it rests on is still so.
+
+    autos  all phases that auto chooses for: our kernels for them are compiled while libraries are imported
+    """
     started = time.perf_counter()
     shapes = list(layers)
     buckets = buckets_for(phase, shapes[0].device_type, max_len)
@@ -218,18 +222,18 @@ def _measured(
     found = cache.read(key) if mode == "cached" else None
     if found and _still_holds(phase, found, shapes):
         return found.as_choice(phase, "auto: measured before"), []
-    measured = _time(phase, layers, buckets)
+    measured = _time(phase, layers, buckets, autos)
     choice = measured.as_choice(phase, "auto: measured")
     lines = "\n".join(table_lines(choice))
     logger.debug("%s attention was measured in %.1f s\n%s", phase, time.perf_counter() - started, lines)
     return choice, [(key, measured)]
 
 
-def _time(phase: Phase, layers: Mapping[Shape, int], buckets: Sequence[Bucket]) -> Measured:
+def _time(phase: Phase, layers: Mapping[Shape, int], buckets: Sequence[Bucket], autos: Sequence[Phase]) -> Measured:
     """Time every backend that auto may take; BackendError where none answers right."""
     shapes = list(layers)
     preference = dict.fromkeys([*AUTO[phase], *BACKENDS, *plug_ins()])
-    with compiling_early([phase] if phase is Phase.VISION else _PAGED, shapes):
+    with compiling_early(autos, shapes):
         usable, rejected = _candidates(phase, list(preference), shapes)
     waiting = [name for name in rejected if not reasons_against(name, phase, shapes) and _costs(name, phase, shapes)]
     smallest = min(buckets, key=lambda bucket: bucket.num_seqs * bucket.kv_len)

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from itertools import product
 from threading import Thread
 
-from tessera.attention.contract import Phase, Shape
+import torch
+
+from tessera.attention.contract import Phase, Shape, import_error
 from tessera.attention.registry import load_backend
 from tessera.attention.selftest import self_test_problem
 
@@ -18,10 +20,13 @@ def compiling_early(phases: Sequence[Phase], shapes: Sequence[Shape]) -> Iterato
 
     Most of compiling is not Python's, and importing libraries for a GPU takes as long as compiling does.
     """
-    if shapes[0].device_type != "cuda":
+    if not phases or shapes[0].device_type != "cuda":
         yield
         return
-    thread = Thread(target=_set_up, args=(phases, shapes), name="compiling")
+    # Imported by one thread: what another finds half imported would look broken to it.
+    import_error("triton")
+    device = torch.cuda.current_device()  # each thread has its own
+    thread = Thread(target=_set_up, args=(phases, shapes, device), name="compiling")
     thread.start()
     try:
         yield
@@ -29,8 +34,9 @@ def compiling_early(phases: Sequence[Phase], shapes: Sequence[Shape]) -> Iterato
         thread.join()
 
 
-def _set_up(phases: Sequence[Phase], shapes: Sequence[Shape]) -> None:
+def _set_up(phases: Sequence[Phase], shapes: Sequence[Shape], device: int) -> None:
     """Bind triton to each and run it; whatever goes wrong, those who do so in earnest will say."""
+    torch.cuda.set_device(device)
     for phase, shape in product(phases, shapes):
         try:
             self_test_problem(load_backend("triton")(phase, shape))

@@ -189,7 +189,9 @@ def _registered() -> EntryPoints:
 
 @cache
 def _search(search: Callable[..., EntryPoints], _path: tuple[str, ...]) -> EntryPoints:
-    """Kept, for asking every installed package takes longer than all else that choosing again does."""
+    """Kept, for asking every installed package takes longer than all else that choosing again does: what is installed
+    while a process runs is seen by the next, or where it came with a new folder on the path.
+    """
     return search(group=ENTRY_POINT_GROUP)
 
 

@@ -29,7 +29,8 @@ COPIES_BYTES = {"cpu": 2**26, "cuda": 2**30}
 FLUSH_BYTES = 2**28
 """Written before every timed call on a GPU: more than any second-level cache holds."""
 FLUSHES = 4
-"""Such writes before a call: together they take longer than the host takes for any library's launch, some 0.2 ms."""
+"""Such writes before a call: together a quarter of a millisecond on an H200, longer than the host takes for most
+libraries' launches; of the slowest a part shows in the time."""
 REPEATS = {"cpu": 7, "cuda": 15}
 BOX_SECONDS = 0.25
 """Repeating ends after so long."""

@@ -45,7 +45,7 @@ CAPABILITY = (9, 0)
 
 @cache
 def pdl_on(device: torch.device) -> bool:
-    """Whether a device has programmatic dependent launch, and so whether our kernels of a decode step take it."""
+    """Whether a device has programmatic dependent launch, and so whether our kernels take it."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 

@@ -30,12 +30,12 @@ def nth_number(turn: gl.tensor) -> gl.tensor:
 def count_turns(num_tiles: gl.tensor) -> gl.tensor:
     """How many tiles this program takes: as many as there are whole rounds, and one of the rest if its turn has one."""
     rounds = num_tiles // gl.num_programs(0)
-    return rounds + (nth_number(rounds) < num_tiles).to(gl.int32)
+    return rounds + gl.where(nth_number(rounds) < num_tiles, 1, 0)
 
 
 @gluon.jit
 def find_piece(turn: gl.tensor, num_tiles: gl.tensor, tiles: gl.tensor, HEADS: gl.constexpr) -> tuple[gl.tensor, ...]:
-    """The key head, the sequence and the number in it of the tile at a turn; past the last turn of any tile's."""
+    """The key head, the sequence and the tile of it at a turn; behind the last turn those of the last tile."""
     number = gl.minimum(nth_number(turn), num_tiles - 1)
     place = tiles + 2 * (number // HEADS)
     return number % HEADS, gl.load(place), gl.load(place + 1)

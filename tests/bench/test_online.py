@@ -21,6 +21,7 @@ from tessera.bench.online.trace_prompts import Vocabulary
 from tessera.bench.record import Record, read
 from tessera.bench.served.servers import ServerProcess
 from tessera.bench.served.targets import OwnTarget, UrlTarget
+from tessera.errors import ConfigError
 
 LOAD = ("--num-requests", "3", "--rate", "20", "--input-len", "20..40", "--output-len", "4", "--num-warmup", "1")
 
@@ -109,11 +110,16 @@ def test_so_many_streams_are_kept_in_flight_whatever_is_due(tmp_path: Path, fake
     """Six requests, due within a second each."""
     options = ("--num-requests", "6", "--input-len", "8", "--output-len", "4", "--num-warmup", "0", "--repeats", "1")
     _, [row], _ = _bench(tmp_path, "--url", f"two={fake.url('steady')}", *options, "--concurrency", "2")
-    about = {"trace": "poisson", "scale": 1.0, "num_requests": 6, "concurrency": 2, "input_len": "8", "output_len": "4"}
-    assert row.status == "ok" and row.case == about and row.conditions.settings["concurrency"] == 2
+    about = {"trace": "poisson", "concurrency": 2, "num_requests": 6, "input_len": "8", "output_len": "4"}
+    assert row.status == "ok" and row.case == about and table([row])[0][0] == "streams" and table([row])[1][0] == "2"
     sent = fake.record("steady")
     in_flight = [sum(other.came <= each.came < other.ended for other in sent) for each in sent]
     assert len(sent) == 6 and max(in_flight) == 2 and row.metrics["seconds"] < 3
+
+
+def test_more_streams_than_requests_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--concurrency 5 is more than the 4 requests of the trace"):
+        replace(REPLAY, concurrency=5)
 
 
 def test_texts_are_sent_where_ids_are_not_taken(tmp_path: Path, fake: Fake) -> None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from tessera.attention.backends.triton import WORTH_HOPPER, Triton, TritonPlan, uses_hopper_kernel
 from tessera.attention.contract import Phase, Shape
-from tessera.attention.workloads import make_batch
+from tessera.attention.workloads import Workload, make_batch, make_case
 
 pytest.importorskip("triton", reason="triton is not installed")
 import triton
@@ -20,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16
 
-from tessera.kernels import hopper_prefill
+from tessera.kernels import hopper_prefill, hopper_tiles
 from tessera.kernels.packed import head_parts
 
 POINTERS = {"q": "*bf16", "out": "*bf16", "sinks": "*fp32"} | dict.fromkeys(
@@ -91,6 +92,51 @@ def test_packed_batches_go_to_it_from_some_size_on(length: int, worth: bool, mon
     assert len(plan.tiles) == -(-length // 128)
     for kernel in ("hopper_prefill_kernel", "packed_kernel"):
         assert re.search(Triton.claim(Phase.VISION, shape).must[0], kernel)
+
+
+class _Programs:
+    """Gluon's language, as program `number` of so many sees it, on whole numbers."""
+
+    def __init__(self, number: int, programs: int) -> None:
+        self.program_id, self.num_programs = lambda _: number, lambda _: programs
+
+    @staticmethod
+    def where(condition: bool, there: int, other: int) -> int:
+        return there if condition else other
+
+
+def test_every_tile_has_one_turn_of_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of the programs with as many tiles none has the longer one, which stand first, in every round."""
+    nth_number, count_turns = hopper_tiles.nth_number.fn, hopper_tiles.count_turns.fn
+    monkeypatch.setattr(hopper_tiles, "nth_number", nth_number)
+    for programs in (1, 2, 3, 7, 132):
+        for num_tiles in (0, 1, programs - 1, programs, programs + 1, 2 * programs, 3 * programs + 2, 90, 1000):
+            taken = []
+            for number in range(programs):
+                monkeypatch.setattr(hopper_tiles, "gl", _Programs(number, programs))
+                taken.append([nth_number(turn) for turn in range(count_turns(num_tiles))])
+            assert sorted(tile for tiles in taken for tile in tiles) == list(range(num_tiles))
+            whole = num_tiles // programs // 2 * 2
+            assert len({sum(tiles[:whole]) for tiles in taken}) == 1
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="no Hopper GPU is here"
+)
+@pytest.mark.parametrize("max_programs", [1, 3])
+@pytest.mark.parametrize("num_seqs", [1, 2, 3, 4, 7])
+def test_few_programs_that_take_many_tiles_answer_as_the_oracle_does(num_seqs: int, max_programs: int) -> None:
+    class Few(Triton):
+        def plan(self, batch: Any) -> Any:
+            plan = super().plan(batch)
+            assert isinstance(plan, TritonPlan) and plan.max_programs
+            return replace(plan, max_programs=max_programs)
+
+    for head_dim, kv_heads in ((128, 1), (64, 2)):
+        shape = replace(SHAPE, num_q_heads=4 * kv_heads, num_kv_heads=kv_heads, head_dim=head_dim)
+        lens = tuple((1 + 29 * i % 70, 1 + 29 * i % 70 + 40 * (i % 2)) for i in range(num_seqs))
+        case = make_case(Phase.PREFILL, Workload(lens), shape)
+        assert not case.problems(case.answer_of(Few(Phase.PREFILL, shape)))
 
 
 def _compile(head_dim: int, page_size: int, options: dict[str, Any]) -> str:

@@ -37,6 +37,8 @@ MAX_QUERIES = 16
 ONE_BLOCK = ((32, 528, 2048), (64, 800, 512))
 """(tokens of a block, most programs, most tokens of a sequence) up to which every program has one block: measured on an
 H200 with heads of 64 and 128 and two bytes a number."""
+MOST_BLOCK_ROWS = 16
+"""Rows of a tile, new tokens times heads of a group, up to which that is done."""
 LIMITS = Limits(
     # The interpreter of triton 3.9 multiplies bfloat16 wrongly.
     dtypes=(torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16),
@@ -94,9 +96,8 @@ class Decode:
 
         self.shape, self._split, self._balanced, self._options = shape, split, balanced, options
         chosen = balanced is None and options is None
-        self.may_be_in_blocks = (
-            in_blocks and split and chosen and shape.head_dim <= 128 and shape.dtype != torch.float32
-        )
+        small = shape.head_dim <= 128 and shape.dtype != torch.float32 and shape.group <= MOST_BLOCK_ROWS
+        self.may_be_in_blocks = in_blocks and split and chosen and small
         """Whether small batches are done so."""
         self._sms, shared_memory = device_resources(shape)
         self._choice = choice or shipped(Phase.DECODE, shape, shared_memory, gpu_name(shape))
@@ -128,7 +129,7 @@ class Decode:
         from tessera.kernels.paged_decode import tile_rows
 
         rows, tiles = tile_rows(self.shape.group, batch.max_q_len, self.shape.dtype)
-        if not self.may_be_in_blocks or rows > 16:
+        if not self.may_be_in_blocks or rows > MOST_BLOCK_ROWS:
             return None
         columns, longest = self.shape.num_kv_heads * tiles, self._longest(batch)
         for block, most_programs, most_tokens in ONE_BLOCK:

@@ -164,7 +164,7 @@ class Cold:
         return wall_ms(call)
 
     def event_ms(self, call: Callable[[], object]) -> float:
-        """Milliseconds on a GPU, behind a write that also hides the launch."""
+        """Milliseconds on a GPU, behind writes that also hide the launch, or most of a slow one."""
         return event_ms(call, self.memory)
 
     def launched_ms(self, call: Callable[[], object], warm: Callable[[], object]) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tessera.bench.benchmark import Done
@@ -30,7 +30,7 @@ from tessera.bench.served.rows import device_type
 from tessera.bench.served.servers import Server
 from tessera.bench.served.targets import OwnTarget, Target, UrlTarget, check_names
 from tessera.bench.served.turns import records_in_turns
-from tessera.errors import TesseraError
+from tessera.errors import ConfigError, TesseraError
 from tessera.log import logger
 
 
@@ -54,15 +54,25 @@ class Replay:
     concurrency: int | None = None
     """Streams kept in flight, whatever the arrivals; None: each is sent when it is due."""
     client_processes: int = 0
-    """That send the load together; 0: as many as it and this machine's cores ask for. ConfigError for too many."""
+    """That send the load together; 0: as many as it and this machine's cores ask for.
+
+    ConfigError for too many of these or of streams.
+    """
 
     def __post_init__(self) -> None:
-        check_processes(self.client_processes, len(self.trace.arrivals), "requests of the trace")
+        number = len(self.trace.arrivals)
+        check_processes(self.client_processes, number, "requests of the trace")
+        if self.concurrency is not None and self.concurrency > number:
+            raise ConfigError(
+                f"--concurrency {self.concurrency} is more than the {number} requests of the trace",
+                f"use {number} at most, or more --num-requests",
+            )
 
     def case_of(self, scale: float) -> dict[str, Value]:
         """As a Record has it."""
         name = self.trace.name if "input_len" in self.case else f"{self.trace.name} ({self.trace.digest})"
-        return {"trace": name, "scale": scale, "num_requests": len(self.trace.arrivals), **self.case}
+        load: dict[str, Value] = {"scale": scale} if self.concurrency is None else {"concurrency": self.concurrency}
+        return {"trace": name, **load, "num_requests": len(self.trace.arrivals), **self.case}
 
 
 class OnlineBenchmark:
@@ -132,7 +142,6 @@ class OnlineBenchmark:
             "slo_tpot_ms": replay.promise.tpot_ms,
             "timeout_s": replay.timeout_s,
             "client_processes": replay.client_processes or "by load and cores",
-            "concurrency": replay.concurrency,
             "prompt_salt": self._run_salt,
             "order": "targets and scales reversed every second repeat",
             "server": self._server_of(target),
@@ -198,7 +207,7 @@ class OnlineBenchmark:
         """The row with the load's figures, or with the reasons of those of its requests that failed."""
         notes = [row.subject.note] if row.subject.note else []
         if warning := bottleneck(load):
-            logger.warning("%s at scale %s: %s", row.subject.label, row.case["scale"], warning)
+            logger.warning("%s at %s: %s", row.subject.label, load_text(row.case), warning)
             notes.append(warning)
         if any(reply.token_counts == "spread" for reply in load.replies if reply.ok):
             notes.append("tokens spread over chunks: the server does not tell the tokens of each")
@@ -224,6 +233,11 @@ class OnlineBenchmark:
         if self.replay.vocabulary.is_text:
             return ""
         return wrong_lengths(load.replies, [arrival.input_tokens for arrival in self.replay.trace.arrivals])
+
+
+def load_text(case: Mapping[str, Value]) -> str:
+    """`scale 0.4` or `256 streams`: the load of a case, for people."""
+    return f"{case['concurrency']} streams" if "concurrency" in case else f"scale {case['scale']}"
 
 
 def metrics(load: Load, promise: Promise) -> dict[str, float]:

@@ -43,8 +43,8 @@ class OnlineOptions:
     """Comma separated: gaps between arrivals are multiplied by each in turn, so the smallest is the heaviest load. Left
     out: 0.4,0.6,0.8,1.0,1.2,1.4,1.6."""
     concurrency: int | None = None
-    """Streams at a time: as one request ends the next is sent, whenever it is due in the trace. Left out: each request
-    is sent when it is due."""
+    """Streams at a time: as one request ends the next is sent, whenever it is due in the trace. Several times as many
+    --num-requests keep them busy. Left out: each request is sent when it is due."""
     num_warmup: int = 4
     """Requests sent at once to each server before the clock starts, with prompts that share nothing with the others. A
     larger batch than that is run for the first time under the clock."""
@@ -99,16 +99,19 @@ class OnlineOptions:
 
     @property
     def case(self) -> dict[str, str | float | int]:
-        """What tells one made trace, or another endpoint or way of sending it, from others; {} for a file as usual."""
-        how: dict[str, str | float | int] = {"endpoint": "chat"} if self.chat else {}
-        if self.concurrency is not None:
-            how["concurrency"] = self.concurrency
+        """What tells one made trace, or another endpoint for it, from others; {} for a file at the usual endpoint."""
+        endpoint: dict[str, str | float | int] = {"endpoint": "chat"} if self.chat else {}
         if self.trace != "poisson":
-            return how
-        return (how if self.concurrency is not None else how | {"rate": self.rate or 1.0}) | {
-            "input_len": self.input_len or "256",
-            "output_len": self.output_len or "64",
-        }
+            return endpoint
+        rate = {"rate": self.rate or 1.0} if self.concurrency is None else {}
+        return (
+            endpoint
+            | rate
+            | {
+                "input_len": self.input_len or "256",
+                "output_len": self.output_len or "64",
+            }
+        )
 
     @property
     def needs_tokenizer(self) -> bool:

@@ -47,13 +47,14 @@ def write_results(path: Path, rows: Sequence[Record], seconds: float) -> None:
 
 
 def table(rows: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Cells, a row a backend and scale, scales together; times in ms at p50/p90/p99."""
-    head = ("scale", "backend", "req/s", "out tok/s", "goodput", *(f"{name[:-3].upper()} ms" for name in LATENCIES), "")
+    """Cells, a row a backend and scale or number of streams, these together; times in ms at p50/p90/p99."""
+    first = "streams" if any("concurrency" in row.case for row in rows) else "scale"
+    head = (first, "backend", "req/s", "out tok/s", "goodput", *(f"{name[:-3].upper()} ms" for name in LATENCIES), "")
     return [head, *(_cells(_entry(group)) for group in _groups(rows))]
 
 
 def _cells(entry: dict[str, Any]) -> tuple[str, ...]:
-    first = (f"{entry['scale']:g}", str(entry["backend"]))
+    first = (f"{entry.get('concurrency') or entry['scale']:g}", str(entry["backend"]))
     if "req_s" not in entry:
         return (*first, *[""] * (3 + len(LATENCIES)), f"{entry['status']}: {entry['reason']}")
     times = ("/".join(f"{value:.1f}" for value in entry.get(name, {}).values()) for name in LATENCIES)
@@ -64,11 +65,15 @@ def _cells(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _groups(rows: Sequence[Record]) -> list[list[Record]]:
-    """The repeats of each case and subject, by scale."""
+    """The repeats of each case and subject, by scale or number of streams."""
     groups: dict[tuple[str, str], list[Record]] = {}
-    for row in sorted(newest(rows), key=lambda row: (float(row.case["scale"] or 0), row.repeat)):
+    for row in sorted(newest(rows), key=lambda row: (_load(row), row.repeat)):
         groups.setdefault((row.case_key, row.subject.label), []).append(row)
     return list(groups.values())
+
+
+def _load(row: Record) -> float:
+    return float(row.case.get("concurrency") or row.case.get("scale") or 0)
 
 
 def _entry(group: Sequence[Record]) -> dict[str, Any]:

@@ -19,17 +19,22 @@ MIN_FOR_P99 = 100
 LATENCIES = ("ttft", "tpot", "itl", "e2e")
 
 
+_LOADS = {"scale": "scale of gaps between arrivals (smaller: more load)", "concurrency": "streams at a time"}
+"""What a replay's load is over."""
+
+
 def online(rows: Rows, session: Session) -> list[Figure]:
     """A 2x2 figure for each trace: the p90 curve, a band from p50 to p90, hollow marks at p99."""
     figures = []
-    for group, cases in session.grouped("scale").items():
+    groups = [(axis, group, cases) for axis in _LOADS for group, cases in session.grouped(axis).items()]
+    for axis, group, cases in groups:
         names = [name for name in LATENCIES if f"{name}_ms_p90" in session.metrics]
-        panels = [_latency_panel(session, rows.styles, cases, name) for name in names]
+        panels = [_latency_panel(session, rows.styles, cases, name, axis) for name in names]
         if panels:
             about = f" ({group})" if group else ""
             tail = ", p99 hollow" if with_tail(session, cases) else f" (no p99 of fewer than {MIN_FOR_P99} requests)"
             text = f"Latency online{about}: p90 as a curve, p50 to p90 as a band{tail}; median of the repeats."
-            table = _latency_table(rows, session, cases, names, about)
+            table = _latency_table(rows, session, cases, names, about, axis)
             figures.append(Figure(_name("online-latency", group), text, panels, session.labels, table))
     return figures
 
@@ -122,28 +127,24 @@ def _points(
     return [(float(x), values) for x, values in found if values and isinstance(x, (int, float))]
 
 
-def _latency_panel(session: Session, styles: Styles, cases: Sequence[str], name: str) -> Panel:
+def _latency_panel(session: Session, styles: Styles, cases: Sequence[str], name: str, axis: str) -> Panel:
     def draw(axes: Axes) -> None:
         everything: list[float] = []
         for label in session.labels:
             curves = {
-                part: [(x, median(found)) for x, found in _points(session, label, chosen, "scale", f"{name}_ms_{part}")]
+                part: [(x, median(found)) for x, found in _points(session, label, chosen, axis, f"{name}_ms_{part}")]
                 for part, chosen in (("p50", cases), ("p90", cases), ("p99", with_tail(session, cases)))
             }
             _draw_latency(axes, curves, styles[label])
             everything += [y for curve in curves.values() for _, y in curve]
-        _finish(axes, everything, "scale of gaps between arrivals (smaller: more load)", "ms")
+        _finish(axes, everything, _LOADS[axis], "ms")
         plain_ticks(
             axes,
-            sorted(
-                {x for label in session.labels for x, _ in _points(session, label, cases, "scale", f"{name}_ms_p90")}
-            ),
+            sorted({x for label in session.labels for x, _ in _points(session, label, cases, axis, f"{name}_ms_p90")}),
         )
 
-    said = _said(session, cases, "scale", f"{name}_ms_p90")
-    return Panel(
-        f"{name.upper()} (ms)", draw, f"Curves of {name.upper()} p90 in ms over the scale of the trace. {said}"
-    )
+    said = _said(session, cases, axis, f"{name}_ms_p90")
+    return Panel(f"{name.upper()} (ms)", draw, f"Curves of {name.upper()} p90 in ms over {axis}. {said}")
 
 
 def with_tail(session: Session, cases: Sequence[str]) -> list[str]:
@@ -209,12 +210,14 @@ def _said(session: Session, cases: Sequence[str], axis: str, metric: str) -> str
     return "; ".join(parts) + "."
 
 
-def _latency_table(rows: Rows, session: Session, cases: Sequence[str], names: Sequence[str], about: str) -> Table:
+def _latency_table(
+    rows: Rows, session: Session, cases: Sequence[str], names: Sequence[str], about: str, axis: str
+) -> Table:
     metrics = [f"{name}_ms_{part}" for name in names for part in ("p50", "p90", "p99")]
     tails = bool(with_tail(session, cases))
     metrics = [name for name in metrics if name in session.metrics and (tails or not name.endswith("_p99"))]
-    columns = ["scale", "subject", *(title(name).removesuffix(" (ms)") for name in metrics)]
-    body = _axis_rows(rows, session, cases, "scale", metrics)
+    columns = [axis, "subject", *(title(name).removesuffix(" (ms)") for name in metrics)]
+    body = _axis_rows(rows, session, cases, axis, metrics)
     return Table(f"Latency in ms{about}, median of the repeats", columns, body)
 
 

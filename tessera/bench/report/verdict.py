@@ -143,7 +143,7 @@ def _online(session: Session, best: str, other: str) -> str:
             name = title(metric).removesuffix(" p50 (ms)")
             parts.append(f"{name} {in_words(comparison)}{reason}")
     scales = len(session.cases)
-    over = f" over {scales} scales" if scales > 1 else ""
+    over = f" over {scales} loads" if scales > 1 else ""
     proof = " Proven by kernel symbols on this machine." if all_proven(facts.values()) else ""
     return f"Online, {best} against {other}{over}: {'; '.join(parts)}.{proof}" if parts else ""
 

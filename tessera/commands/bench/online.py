@@ -1,10 +1,11 @@
 """Replay a trace of requests against a server per backend, and against any OpenAI-compatible URL.
 
-The loop is open: each request is sent at its time, whatever has become of the others. Every server gets the very same
-requests: random token ids (or words) of the trace's lengths, greedy, with exactly as many output tokens as the trace
-says. One of ours is started for each backend and repeat, with proofs on, and is alone on the machine meanwhile; flags
-of the engine are handed on to it. With --url and without --backends, only the URLs are measured; their key is read
-from TESSERA_API_KEY. Prompts of a trace of conversations are those that people wrote, but for their first token.
+The loop is open: each request is sent at its time, whatever has become of the others; with --concurrency it is closed,
+and so many are on their way. Every server gets the very same requests: random token ids (or words) of the trace's
+lengths, greedy, with exactly as many output tokens as the trace says. One of ours is started for each backend and
+repeat, with proofs on, and is alone on the machine meanwhile; flags of the engine are handed on to it. With --url and
+without --backends, only the URLs are measured; their key is read from TESSERA_API_KEY.
+Prompts of a trace of conversations are those that people wrote, but for their first token.
 
 Latencies are per token, also where a server sends several in a chunk: TTFT to the first token, TPOT the mean of the
 others, ITL each gap, E2E to the end of the stream. If any request of a replay fails, the replay is a failed row.
