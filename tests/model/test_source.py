@@ -42,7 +42,10 @@ def test_folder_and_file_are_served_under_their_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["/no/such/folder", "./nowhere", "../x", "~/nowhere", "tiny.gguf", "a/b/c", "", " "])
-def test_path_that_leads_nowhere_is_refused_without_the_hub(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_that_leads_nowhere_is_refused_without_the_hub(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # beside which there is nothing
     monkeypatch.setattr(source_module, "_fetch", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(ModelError, match="no such file or folder"):
         find_model(ModelConfig(model=model))
