@@ -95,7 +95,7 @@ PREFILLS = {
     "sinks": Workload(((50, 50), (20, 90), (1, 1)), sinks=True),
     "sinks_with_window": Workload(((50, 50), (20, 90)), sinks=True, window=16),
     "bidirectional": Workload(((50, 50), (20, 20), (1, 1), (130, 130)), causal=False),
-    # More than there are multiprocessors on any GPU so far, so that some take a second one.
+    # With two key heads more pieces than any GPU so far has multiprocessors, so that some take a second one.
     "many_sequences": Workload(tuple((1 + 7 * i % 40, 1 + 7 * i % 40 + 5 * (i % 3)) for i in range(100))),
 }
 VISIONS = {

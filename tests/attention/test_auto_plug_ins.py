@@ -126,6 +126,19 @@ def test_a_plug_in_that_is_the_fastest_serves_unnamed_and_is_read_back(monkeypat
         assert set(choice.buckets[0].times_ms) == {"ours", "quick"}
 
 
+def test_installed_packages_are_asked_once_as_long_as_the_path_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def search(*, group: str) -> EntryPoints:
+        asked.append(group)
+        return EntryPoints([EntryPoint("late", "late:Backend", group)])
+
+    monkeypatch.setattr(registry, "entry_points", search)
+    assert [registry.plug_ins(), registry.plug_ins()] == [["late"]] * 2 and len(asked) == 1
+    monkeypatch.syspath_prepend("/a/folder/of/its/own")
+    assert registry.plug_ins() == ["late"] and len(asked) == 2
+
+
 def test_the_fixed_order_holds_ours_only(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, quick=f"{__name__}:Quick")
     choice = build("off")["decode"]

@@ -127,6 +127,7 @@ def test_only_the_named_kernels_reasons_are_told_and_each_once() -> None:
         "Memory Efficient attention has been runtime disabled. (Triggered internally at a.h:550.)",
         "Flash attention kernel not used because: (Triggered internally at sdp_utils.cpp:834.)",
         "Expected query, key and value to all be of dtype: {Half, BFloat16}. (Triggered internally at a.h:91.)",
+        "TRITON_DEFAULT_FP_FUSION is unset: another thread's warning",
         "Flash Attention does not support non-null attn_mask. (Triggered internally at a.h:281.)",
         "Flash Attention does not support non-null attn_mask. (Triggered internally at a.h:281.)",
         "cuDNN attention kernel not used because: (Triggered internally at sdp_utils.cpp:836.)",

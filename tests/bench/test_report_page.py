@@ -115,6 +115,17 @@ def test_every_figure_has_words_and_a_table(page: str, everything: Report) -> No
     assert parsed.tags.count("table") == parsed.tags.count("caption") and parsed.tags.count("h1") == 1
 
 
+def test_streams_at_a_time_are_one_figure_over_their_number() -> None:
+    rows = []
+    for each in online([(NAIVE, 160, 11), (FLASH, 95, 11)], scales=(0.4, 1.0)):
+        streams = {0.4: 256, 1.0: 32}[float(each.case["scale"] or 0)]
+        rows.append(replace(each, case={"trace": "poisson", "concurrency": streams}))
+    [figure] = [figure for figure in build(rows).figures if figure.name.startswith("online-latency")]
+    assert figure.table is not None and figure.table.columns[0] == "concurrency"
+    assert [str(cells[0]) for cells in figure.table.rows] == ["32", "32", "256", "256"]
+    assert all("over concurrency" in panel.alt for panel in figure.panels)
+
+
 def test_speed_beside_answers_is_of_the_same_model_and_machine_and_of_one_case() -> None:
     def table(speed: list[Record]) -> str:
         return markdown(build([*speed, *quality({"naive": 2e-4})])).partition("**Answers beside speed**")[2]

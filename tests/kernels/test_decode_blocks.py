@@ -108,8 +108,11 @@ def test_blocks_are_for_few_short_sequences_in_half_types_and_for_nobody_who_ask
     assert not any(decode.plan(batch).shares.one_block for decode in asked)
     assert not TritonFlashDecoding(Phase.DECODE, half).plan(batch).shares.one_block
     served, tried = Triton(Phase.DECODE, half), Triton(Phase.DECODE, half, shipped(Phase.DECODE, half, 227 << 10))
-    assert [each.plan(batch).shares.one_block for each in (served, tried)] == [True, False]  # type: ignore[union-attr]
-    assert ["a block a program" in each.options_from for each in (served, tried)] == [True, False]
+    crowded = Triton(Phase.DECODE, make_shape(heads=(32, 1, 64)))  # of more rows than a tile that is done so
+    for each, in_blocks in ((served, True), (tried, False), (crowded, False)):
+        plan = each.plan(batch)
+        assert isinstance(plan, DecodePlan) and plan.shares.one_block == in_blocks
+        assert ("a block a program" in each.options_from) == in_blocks
 
 
 @needs_compiler

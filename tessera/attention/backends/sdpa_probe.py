@@ -53,18 +53,21 @@ def _tried(backend: type[AttentionBackend[Any]], kernel: SDPBackend, phase: Phas
         try:
             make_case(phase, workload, shape).answer(backend)
         except RuntimeError as error:
-            # Of all threads; one may be compiling.
-            said = (str(warning.message) for warning in caught if "triton" not in warning.filename)
-            reasons = reasons_in(said, kernel)
+            reasons = reasons_in((str(warning.message) for warning in caught), kernel)
             return reasons or (f"torch raises: {_sentence(str(error))}",)
     return ()
 
 
 def reasons_in(messages: Iterable[str], kernel: SDPBackend) -> tuple[str, ...]:
-    """The sentences in torch's warnings that speak of `kernel`, each once."""
+    """The sentences in torch's warnings that speak of `kernel`, each once.
+
+    Warnings are a process's, and another thread may be compiling meanwhile: torch's own say where they come from.
+    """
     found: dict[str, None] = {}
     ours = False
     for message in messages:
+        if "Triggered internally" not in message:
+            continue
         if "not used because" in message:
             ours = message.lower().startswith(HEADINGS.get(kernel, "").lower())
         elif ours:

@@ -103,15 +103,9 @@ class OnlineOptions:
         endpoint: dict[str, str | float | int] = {"endpoint": "chat"} if self.chat else {}
         if self.trace != "poisson":
             return endpoint
-        rate = {"rate": self.rate or 1.0} if self.concurrency is None else {}
-        return (
-            endpoint
-            | rate
-            | {
-                "input_len": self.input_len or "256",
-                "output_len": self.output_len or "64",
-            }
-        )
+        if self.concurrency is None:
+            endpoint["rate"] = self.rate or 1.0
+        return endpoint | {"input_len": self.input_len or "256", "output_len": self.output_len or "64"}
 
     @property
     def needs_tokenizer(self) -> bool:
