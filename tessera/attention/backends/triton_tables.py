@@ -27,8 +27,8 @@ _H200 = Tables(
         ),
         Phase.DECODE: (
             (64, Options(0, 64, 2, 4, programs_per_sm=8, min_split=128, balanced_per_sm=8)),
-            # With so many stages no third program fits beside two: one of the next launch would take its place, and leave
-            # others of that launch three on one multiprocessor.
+            # With so many stages no third program fits beside two: one of the next launch would stand there early,
+            # and the rest of that launch unevenly.
             (128, Options(0, 64, 2, 7, programs_per_sm=2, min_split=256, balanced_per_sm=2)),
             (256, Options(0, 32, 4, 5, programs_per_sm=2, min_split=256, balanced_per_sm=4)),
         ),
