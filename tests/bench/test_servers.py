@@ -43,12 +43,13 @@ def test_a_server_says_what_it_is(server: ServerProcess) -> None:
 def test_each_token_is_counted_in_the_chunk_that_brings_it_where_usage_is_told_in_each(server: ServerProcess) -> None:
     """Also a token whose text is held back or that has none, as here an end token that is ignored.
 
-    Tokens that wait together share a chunk, which counts them all.
+    Tokens that wait together share a chunk, which counts them all: 200, so that a machine busy otherwise is not done
+    with all of them before the first is sent.
     """
     assert server.info
     bias = {str(server.info.eos_token_ids[0]): 100}
     options = {"include_usage": True, "continuous_usage_stats": True}
-    body = {"max_tokens": 5, "stream": True, "stream_options": options, "ignore_eos": True, "logit_bias": bias}
+    body = {"max_tokens": 200, "stream": True, "stream_options": options, "ignore_eos": True, "logit_bias": bias}
     for path, what in (
         ("completions", {"prompt": "a"}),
         ("chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
@@ -59,7 +60,7 @@ def test_each_token_is_counted_in_the_chunk_that_brings_it_where_usage_is_told_i
             events = [json.loads(line[6:]) for line in response if line.startswith(b"data: {")]
         counts = [event["usage"]["completion_tokens"] for event in events if event["choices"]]
         told = [count for count in counts if count]
-        assert told == sorted(set(told)) and told[-1] == 5 and len(told) >= 3, path
+        assert told == sorted(set(told)) and told[-1] == 200 and len(told) >= 2, path
 
 
 def test_a_server_that_does_not_start_says_why_in_its_own_words(small: tuple[str, ...]) -> None:
