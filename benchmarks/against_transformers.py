@@ -1,5 +1,8 @@
 """tessera against transformers `generate` on this machine: the same weights, the same token ids, greedy.
 
+In bfloat16 tessera multiplies steps of few tokens by the file's 4-bit weights, of which transformers' are made;
+--no-cpu-four-bits has both multiply by those made of them.
+
 Every cell is measured in turn, tessera then transformers, `--repeats` times, so that a drift of the
 machine's speed meets both; the table shows medians and the ratio of each pair.
 
@@ -42,8 +45,9 @@ class Tessera:
 
     name = "tessera"
 
-    def __init__(self, dtype: str, num_seqs: int) -> None:
-        self.llm = LLM(dtype=dtype, device="cpu", max_num_seqs=num_seqs, enable_prefix_caching=False)
+    def __init__(self, dtype: str, num_seqs: int, *, four_bits: bool) -> None:
+        settings: dict[str, Any] = {"max_num_seqs": num_seqs, "enable_prefix_caching": False}
+        self.llm = LLM(dtype=dtype, device="cpu", cpu_four_bits=None if four_bits else False, **settings)
 
     def run(self, prompts: Ids, outputs: list[int]) -> float:
         """Seconds for all requests."""
@@ -144,6 +148,7 @@ def main() -> None:
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--prompt", type=int, default=256, help="tokens a prompt of the prefill workload")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cpu-four-bits", action=argparse.BooleanOptionalAction, default=True, help="see above")
     parser.add_argument("--out", type=Path, help="write the rows as JSON to this file")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}\n")
@@ -152,7 +157,8 @@ def main() -> None:
     rows = []
     for dtype in options.dtypes.split(","):
         for num_seqs in map(int, options.sequences.split(",")):
-            engines: list[Tessera | Transformers] = [Tessera(dtype, num_seqs), Transformers(dtype, num_seqs)]
+            ours = Tessera(dtype, num_seqs, four_bits=options.cpu_four_bits)
+            engines: list[Tessera | Transformers] = [ours, Transformers(dtype, num_seqs)]
             for engine in engines:
                 engine.run(random_prompts([32] * num_seqs, 99), [4] * num_seqs)  # warm up
             rows += [measure(dtype, num_seqs, name, engines, options) for name in options.workloads.split(",")]

@@ -212,6 +212,8 @@ class EngineInfo:
     max_num_batched_tokens: int
     attention: list[AttentionChoice]
     load_seconds: float = 0.0
+    num_four_bit_layers: int = 0
+    """Linear layers that multiply steps of few tokens by the file's own 4-bit weights: see DeviceConfig."""
 
 
 @dataclass(frozen=True, slots=True)

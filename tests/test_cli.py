@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,13 @@ def test_the_start_table_says_why_the_other_backends_lost() -> None:
         ("", "not b: no GPU; no bfloat16"),
         ("", "not c: slower"),
     ]
+
+
+def test_the_start_table_says_which_weights_multiply() -> None:
+    info = EngineInfo("m", "n", "bfloat16", "cpu", 9, 9, [], 16, 9, 9, 9, [])
+    assert ("weights", "bfloat16") in describe(info)
+    kept = replace(info, num_four_bit_layers=7)
+    assert ("weights", "bfloat16, in steps of few tokens the file's own 4-bit ones in 7 layers") in describe(kept)
 
 
 def test_the_start_table_shows_proofs_and_what_was_measured() -> None:

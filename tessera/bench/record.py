@@ -23,6 +23,8 @@ Kind = Literal["kernels", "offline", "online", "api", "ttft", "quality", "ceilin
 Status = Literal["ok", "failed", "unavailable"]
 CacheState = Literal["cold", "warm", "off", "not recorded"]
 Value = str | int | float | bool | None
+OF_ENGINE = ("page_size", "num_pages", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_four_bit_layers")
+"""Fields of EngineInfo that may change a figure: they go into a row's settings."""
 
 
 @dataclass(frozen=True)

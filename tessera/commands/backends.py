@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from tessera.commands.flags import Parser, add_model, engine_config
-from tessera.commands.table import render
+from tessera.commands.table import render, weights_line
 from tessera.config import AttentionConfig, EngineConfig
 from tessera.log import logger
 
@@ -97,7 +97,7 @@ def _prove(config: EngineConfig, as_json: bool) -> int:
             times = (str(use.calls), f"{use.microseconds:.0f}", use.name)
             rows.append((proof.phase, proof.backend, proof.step, share, *times))
     versions = {name: version for _, proof in proofs for name, version in proof.versions.items()}
-    sys.stdout.write(f"{info.model} on {info.device}, {info.dtype}; ")
+    sys.stdout.write(f"{info.model} on {info.device}, {weights_line(info)}; ")
     sys.stdout.write(", ".join(f"{name} {version}" for name, version in versions.items()) + "\n\n")
     sys.stdout.write(render(rows, indent="") + "\n")
     for choice in info.attention:

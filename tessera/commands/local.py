@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-from tessera.commands.table import proof_line
+from tessera.commands.table import proof_line, weights_line
 from tessera.config import EngineConfig
 from tessera.engine.build import build_engine
 from tessera.errors import ConfigError
@@ -35,6 +35,7 @@ class LocalModel:
                 "give one with --chat-template FILE, or use `tessera generate --prompt TEXT`",
             )
         self.engine = build_engine(config, progress=sys.stderr.isatty())
+        logger.info("weights: %s", weights_line(self.engine.info))
         for choice in self.engine.info.attention:
             logger.info("%s attention: %s (%s)", choice.phase, ", ".join(choice.backends), choice.reason)
             for proof in choice.proofs:

@@ -7,7 +7,7 @@ import os
 from dataclasses import fields, replace
 
 from tessera.commands.flags import Parser, add_model, add_settings, engine_config
-from tessera.commands.table import proof_line, render
+from tessera.commands.table import proof_line, render, weights_line
 from tessera.config import EngineConfig, ServerConfig, check_section, settings_of
 from tessera.errors import ConfigError
 from tessera.log import logger
@@ -58,7 +58,7 @@ def describe(info: EngineInfo) -> list[tuple[str, str]]:
     attention = [row for choice in info.attention for row in _attention_rows(choice)]
     return [
         ("model", f"{info.model} ({info.architecture}), loaded in {info.load_seconds:.1f} s"),
-        ("dtype", info.dtype),
+        ("weights", weights_line(info)),
         ("device", info.device),
         ("context", f"{info.max_model_len} tokens"),
         ("pages", pages),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tessera.types import AttentionProof
+from tessera.types import AttentionProof, EngineInfo
 
 
 def render(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:
@@ -12,6 +12,12 @@ def render(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
     return "\n".join(indent + line for line in lines)
+
+
+def weights_line(info: EngineInfo) -> str:
+    """`bfloat16, in steps of few tokens the file's own 4-bit ones in 120 layers`."""
+    of_few = f", in steps of few tokens the file's own 4-bit ones in {info.num_four_bit_layers} layers"
+    return info.dtype + (of_few if info.num_four_bit_layers else "")
 
 
 def proof_line(proof: AttentionProof) -> str:

@@ -91,4 +91,5 @@ def _describe(
         max_num_batched_tokens=config.scheduler.resolve_budget(config.device.device),
         attention=capacity.attention,
         load_seconds=capacity.load_seconds,
+        num_four_bit_layers=capacity.num_four_bit_layers,
     )

@@ -31,6 +31,22 @@ def dequantize(raw: Tensor, type_number: int) -> Tensor:
     return _by_gguf(raw, type_number)
 
 
+def split_four_bits(raw: Tensor, type_number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights of whole groups of one of the types FOUR_BITS: weight = (number - 8) * scale + offset.
+
+    raw      [groups * group_bytes] uint8
+    returns  numbers [groups * group_weights] uint8, 0 to 15; scales and offsets [groups * group_weights / 32] float32
+    """
+    name, _, group_bytes = TENSOR_TYPES[type_number]
+    groups = raw.view(-1, group_bytes)
+    if name == "Q4_K":
+        scales, minima = (each.flatten() for each in _scales_and_minima(groups))
+        return _nibbles(groups[:, FOUR_BITS[name] :], 32).flatten(), scales, 8 * scales - minima
+    scales = _half(groups, 0)
+    offsets = _half(groups, 2) + 8 * scales if name == "Q4_1" else torch.zeros_like(scales)
+    return _nibbles(groups[:, FOUR_BITS[name] :], 16).flatten(), scales.flatten(), offsets.flatten()
+
+
 def _by_gguf(raw: Tensor, type_number: int) -> Tensor:
     """The rare types, by the gguf package: correct, and slow."""
     import gguf
@@ -137,6 +153,10 @@ def _q6_k(groups: Tensor) -> Tensor:
     values = _nibbles(groups[:, :128], 64) | (_bits(groups[:, 128:192], 2, 32) << 4)
     return (scales[:, :, None] * _signed(values, 32).view(-1, 16, 16)).flatten(1)
 
+
+FOUR_BITS = {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16}
+"""Types whose weights are numbers of four bits, with a scale and an offset for each 32; the byte of a group at which
+the numbers begin."""
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 """ggml's plain float types."""

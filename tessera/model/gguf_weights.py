@@ -6,6 +6,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tessera.model.gguf_file import GGUFFile, GGUFTensor
+from tessera.model.gguf_four_bits import keep_four_bits
+from tessera.model.gguf_part import GGUFPart
 from tessera.model.gguf_quants import dequantize
 from tessera.model.language_model import LanguageModel
 from tessera.model.slots import Slots
@@ -52,17 +54,22 @@ _INTERLEAVED = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
 """Llama's, in which GGUF puts the two dimensions that turn together next to each other."""
 
 
-def load_gguf(model: LanguageModel, file: GGUFFile, *, progress: bool) -> None:
-    """Fill the model from a GGUF file; ModelError for tensors missing, unknown, misshapen or of an unknown type."""
+def load_gguf(model: LanguageModel, file: GGUFFile, *, four_bits: bool = False, progress: bool) -> None:
+    """Fill the model from a GGUF file; ModelError for tensors missing, unknown, misshapen or of an unknown type.
+
+    four_bits  whether to keep weights of four bits as they are, beside the floats
+    """
     slots = Slots(model)
-    jobs = [
-        (place, tensor, _head_dim_to_unweave(tensor.name, model.spec))
+    parts = [
+        GGUFPart(place, tensor, _head_dim_to_unweave(tensor.name, model.spec))
         for tensor in file.tensors.values()
         if tensor.name != FREQUENCY_FACTORS and (place := _place(slots, tensor, file)) is not None
     ]
     slots.check_filled(file.path)
-    for _ in tqdm(for_each(_fill, jobs), "Loading weights", len(jobs), unit="tensor", disable=not progress):
+    for _ in tqdm(for_each(_fill, parts), "Loading weights", len(parts), unit="tensor", disable=not progress):
         pass
+    if four_bits:
+        keep_four_bits(model, parts, progress=progress)
 
 
 def _place(slots: Slots, tensor: GGUFTensor, file: GGUFFile) -> Tensor | None:
@@ -87,12 +94,11 @@ def _head_dim_to_unweave(name: str, spec: ModelSpec) -> int | None:
     return spec.head_dim if spec.architecture == "llama" and name.endswith(_INTERLEAVED) else None
 
 
-def _fill(job: tuple[Tensor, GGUFTensor, int | None]) -> None:
-    """Dequantise a tensor into its place, some rows at a time; the number is the size of heads to put in order."""
-    place, tensor, unweave = job
+def _fill(part: GGUFPart) -> None:
+    """Dequantise a tensor into its place, some rows at a time."""
+    place, tensor, unweave = part
     if place.dim() == 1:
-        values = dequantize(tensor.data, tensor.type)
-        place.copy_(values if unweave is None else _unweave(values[:, None], unweave)[:, 0])
+        place.copy_(part.in_order(dequantize(tensor.data, tensor.type)[:, None])[:, 0])
         return
     num_rows, num_columns = place.shape
     row_bytes = tensor.num_bytes // num_rows
@@ -102,9 +108,4 @@ def _fill(job: tuple[Tensor, GGUFTensor, int | None]) -> None:
     for start in range(0, num_rows, chunk_rows):
         end = min(start + chunk_rows, num_rows)
         rows = dequantize(data[start * row_bytes : end * row_bytes], tensor.type).view(-1, num_columns)
-        place[start:end].copy_(rows if unweave is None else _unweave(rows, unweave))
-
-
-def _unweave(rows: Tensor, head_dim: int) -> Tensor:
-    """Within each head, row 2i back to row i and row 2i + 1 to row i + head_dim / 2."""
-    return rows.view(-1, head_dim // 2, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
+        place[start:end].copy_(part.in_order(rows))

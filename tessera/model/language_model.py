@@ -52,6 +52,11 @@ class LanguageModel(nn.Module, ABC):
         scores: Tensor = self.head(hidden)
         return scores
 
+    @property
+    def num_four_bit_layers(self) -> int:
+        """Linear layers that have `four_bits`."""
+        return sum(isinstance(module, Linear) and module.four_bits is not None for module in self.modules())
+
     def prepare(self) -> None:
         """Let every linear layer pack its weight; called once, after loading."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]

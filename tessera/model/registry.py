@@ -46,15 +46,19 @@ def load_model(
     device: torch.device,
     load_format: Literal["auto", "dummy"] = "auto",
     seed: int = 0,
+    four_bits: bool = False,
     progress: bool = False,
 ) -> LanguageModel:
-    """The model with its weights on `device`, ready to compute; ModelError where the weights are not sound."""
+    """The model with its weights on `device`, ready to compute; ModelError where the weights are not sound.
+
+    four_bits  whether steps of few tokens are multiplied by the file's own; only where `find_four_bits` finds some
+    """
     with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be filled in other threads
         model = FAMILIES[spec.architecture](spec, Placement(dtype, device))
         if load_format == "dummy" or source.random:
             fill_randomly(model, seed)
         elif source.kind == "gguf":
-            load_gguf(model, GGUFFile(source.path), progress=progress)
+            load_gguf(model, GGUFFile(source.path), four_bits=four_bits, progress=progress)
         else:
             load_safetensors(model, source.path, progress=progress)
         model.prepare()

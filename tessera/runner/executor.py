@@ -21,6 +21,7 @@ from tessera.attention.step import Attention
 from tessera.config import EngineConfig
 from tessera.errors import CapacityError, ConfigError
 from tessera.log import logger
+from tessera.model.gguf_four_bits import FourBitsFound, find_four_bits
 from tessera.model.language_model import LanguageModel
 from tessera.model.layers.embedding import Head
 from tessera.model.layers.linear import Linear
@@ -49,6 +50,8 @@ class Capacity:
     max_model_len: int
     attention: list[AttentionChoice]
     load_seconds: float
+    num_four_bit_layers: int
+    """See EngineInfo."""
 
 
 class Executor:
@@ -64,12 +67,12 @@ class Executor:
     def start(self, *, max_num_batched_tokens: int, progress: bool) -> Capacity:
         """Choose and test attention, load the weights, size the cache by what is left, allocate it, prove attention.
 
-        Raises ModelError, BackendError or CapacityError.
+        Raises ConfigError, ModelError, BackendError or CapacityError.
         """
+        num_bytes = num_weight_bytes(self._spec, self._dtype, self._device)
+        four_bits = self._keeps_four_bits(num_bytes)
         attention, page_size, choices = self._choose_attention()
         started = time.perf_counter()
-        num_bytes = num_weight_bytes(self._spec, self._dtype, self._device)
-        memory.check_weights_fit(num_bytes, self._device, self._memory_share())
         model = load_model(
             self._spec,
             self._source,
@@ -77,6 +80,7 @@ class Executor:
             device=self._device,
             load_format=self._config.model.load_format,
             seed=self._config.model.seed,
+            four_bits=four_bits,
             progress=progress,
         )
         load_seconds = time.perf_counter() - started
@@ -99,7 +103,7 @@ class Executor:
         if self._config.attention.prove_attention:
             proofs = prove_steps(attention, self._runner, limits, device_name(self._device))
             choices = [replace(choice, proofs=proofs[choice.phase]) for choice in choices]
-        return Capacity(num_pages, page_size, max_model_len, choices, load_seconds)
+        return Capacity(num_pages, page_size, max_model_len, choices, load_seconds, model.num_four_bit_layers)
 
     def begin(self, step: Step) -> RunningStep:
         """Give the device a step; `start` has returned."""
@@ -112,6 +116,33 @@ class Executor:
         if self._runner is None:
             raise RuntimeError("logits() before start()")
         return self._runner.logits(step)
+
+    def _keeps_four_bits(self, num_weight_bytes: int) -> bool:
+        """Whether the file's 4-bit weights are kept beside the others, and whether both fit.
+
+        ConfigError where that is asked in vain, CapacityError where the weights do not fit.
+        """
+        wanted, share = self._config.device.cpu_four_bits, self._memory_share()
+        random = self._config.model.load_format == "dummy" or self._source.random
+        found = FourBitsFound(0)
+        if wanted is not False:
+            found = find_four_bits(self._source, random=random, dtype=self._dtype, device=self._device)
+        if wanted and found.refused:
+            raise ConfigError(
+                f"--cpu-four-bits asks for products by the file's own 4-bit weights, but {found.refused}",
+                "leave --cpu-four-bits out to have them where they can be had",
+            )
+        memory.check_weights_fit(num_weight_bytes, self._device, share)
+        try:
+            memory.check_weights_fit(num_weight_bytes + found.num_bytes, self._device, share)
+        except CapacityError as error:
+            if wanted:
+                raise CapacityError(
+                    f"with the file's own 4-bit ones {error.message}", "leave --cpu-four-bits out"
+                ) from None
+            logger.warning("no memory is left for the file's own 4-bit weights: few sequences are decoded more slowly")
+            return False
+        return found.num_bytes > 0
 
     def _graph_limits(
         self, model: LanguageModel, attention: Attention, num_pages: int, page_size: int, max_model_len: int

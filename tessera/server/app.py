@@ -115,6 +115,7 @@ async def attention(request: HttpRequest) -> Response:
             "model": info.model,
             "device": info.device,
             "dtype": info.dtype,
+            "num_four_bit_layers": info.num_four_bit_layers,
             "page_size": info.page_size,
             "phases": {choice.phase: choice for choice in info.attention},
         }

@@ -22,7 +22,7 @@ from tessera.bench.subjects import Wanted
 from tessera.commands.flags import Parser
 from tessera.errors import ConfigError
 
-ENGINE = {
+ENGINE: dict[str, str | bool] = {
     "model": "dummy:135m",
     "tokenizer": "somewhere",
     "load_format": "dummy",
@@ -30,6 +30,7 @@ ENGINE = {
     "max_model_len": "4096",
     "device": "cpu",
     "cpu_threads": "1",
+    "cpu_four_bits": False,
     "page_size": "16",
 }
 
@@ -48,6 +49,7 @@ def test_every_call_is_one_that_the_benchmark_takes(name: str, device: str, effo
     assert not unknown
     assert args.out == f"folder/{name}.jsonl" and args.resume is True
     assert name == "ttft" or args.backends == ("naive,flash_attn:4,triton" if name == "kernels" else options.backends)
+    assert (name == "kernels") == (getattr(args, "cpu_four_bits", None) is None)
     assert "dummy:135m" in (getattr(args, "models", None), getattr(args, "model", None))
     assert "float32" in (getattr(args, "dtypes", None), getattr(args, "dtype", None))
 

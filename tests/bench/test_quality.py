@@ -12,11 +12,12 @@ from scipy import stats
 from hf_reference import default_model_reference
 from tessera import cli
 from tessera.bench.quality.metrics import compare, paired_p_value, perplexity
-from tessera.bench.quality.model import Answer
+from tessera.bench.quality.model import Answer, QualityModel
 from tessera.bench.quality.text import read_text, windows
 from tessera.bench.record import read
-from tessera.config import ModelConfig
+from tessera.config import EngineConfig, ModelConfig
 from tessera.errors import ConfigError
+from tessera.model.layers.linear import packs
 from tessera.model.source import find_model
 from tessera.text.tokenizer import load_tokenizer
 
@@ -37,6 +38,34 @@ def test_naive_is_its_own_reference_and_bfloat16_differs(
     assert coarse.metrics["kl_max"] < 0.2 and {proof.backend for proof in coarse.subject.proofs} == {"naive"}
     said = capsys.readouterr().out
     assert "perplexity" in said and "flashinfer:fa2 unavailable: prefill: flashinfer is not installed" in said
+
+
+@pytest.mark.skipif(
+    not packs(torch.bfloat16, torch.device("cpu")), reason="this processor does not compute in bfloat16"
+)
+def test_few_sequences_are_decoded_at_a_time_where_that_is_asked() -> None:
+    """For few are multiplied by other weights; so are nine in steps of at most eight, the ninth alone."""
+    settings = {"dtype": "bfloat16", "attention": "torch_sdpa", "num_pages": 40}
+    model = QualityModel(EngineConfig.from_flat(settings), 9, 64)
+    prompts = [[100 + n, 200, 300] for n in range(9)]
+    led_by = torch.full((9, 2), 400)
+    all_at_once, eight, nine = (model.answer(prompts, 2, led_by, decode_batch=size) for size in (None, 8, 9))
+    assert torch.equal(all_at_once.logits[0], eight.logits[0]), "prompts stand alone whatever is asked"
+    assert torch.equal(all_at_once.logits[1], nine.logits[1]) and model.num_four_bit_layers == 120
+    off = (all_at_once.logits[1] - eight.logits[1]).abs().amax(-1)
+    assert len(off) == 9 and (off > 0).all() and off.max() < 2
+
+
+def test_what_multiplies_steps_of_few_is_in_the_row_and_is_not_asked_of_the_reference(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    flags = f"--prompts 2 --tokens 2 --window 24 --windows 1 --cpu-threads 1 --out {out} --backends naive"
+    flags += " --cpu-four-bits --decode-batch 1 --dtypes bfloat16,float32"
+    cli.main(["bench", "quality", *flags.split()])
+    bfloat16, float32 = read(out)
+    assert float32.status == "failed" and "the dtype is float32" in float32.reason
+    if packs(torch.bfloat16, torch.device("cpu")):
+        assert bfloat16.status == "ok" and bfloat16.conditions.settings["num_four_bit_layers"] == 120
+    assert bfloat16.case["decode_batch"] == 1
 
 
 def test_perplexity_is_that_of_transformers_on_the_same_weights(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from tessera.errors import ModelError
 from tessera.model.gguf_file import TENSOR_TYPES
-from tessera.model.gguf_quants import QUANTS, dequantize
+from tessera.model.gguf_quants import FOUR_BITS, QUANTS, dequantize, split_four_bits
 
 NUMBERS = {name: number for number, (name, _, _) in TENSOR_TYPES.items()}
 HALVES = {
@@ -45,6 +45,15 @@ def test_random_groups_dequantise_to_the_same_bits_as_gguf(name: str) -> None:
     values = dequantize(torch.from_numpy(groups.reshape(-1)), NUMBERS[name])
     assert values.dtype == torch.float32
     assert np.array_equal(values.numpy().view(np.uint32), expected.reshape(-1).astype(np.float32).view(np.uint32))
+
+
+@pytest.mark.parametrize("name", FOUR_BITS)
+def test_weights_of_four_bits_are_numbers_with_a_scale_and_an_offset_for_each_32(name: str) -> None:
+    raw = torch.from_numpy(_random_groups(name, 257).reshape(-1))
+    numbers, scales, offsets = split_four_bits(raw, NUMBERS[name])
+    assert numbers.dtype == torch.uint8 and numbers.min() == 0 and numbers.max() == 15
+    weights = (numbers.view(-1, 32).float() - 8) * scales[:, None] + offsets[:, None]
+    torch.testing.assert_close(weights.flatten(), dequantize(raw, NUMBERS[name]), atol=1e-5, rtol=1e-5)
 
 
 def test_every_quantised_type_of_ours_is_checked() -> None:

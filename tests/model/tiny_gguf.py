@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,12 @@ def write_gguf(
     leave_out: tuple[str, ...] = (),
     extra: dict[str, Any] | None = None,
     quantize: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    unquantized: Collection[str] = (),
 ) -> None:
-    """Write `model`; matrices in the type `quantize`, without the tensors in `leave_out`, with those in `extra`."""
+    """Write `model`; matrices in the type `quantize`, without the tensors in `leave_out`, with those in `extra`.
+
+    Those named in `unquantized` are floats whatever `quantize` says.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (_metadata(model.config, architecture) | (metadata or {})).items():
         _add(writer, key, value)
@@ -55,7 +60,7 @@ def write_gguf(
     for name, values in (tensors | (extra or {})).items():
         if name in leave_out:
             continue
-        kind = quantize if values.ndim > 1 else gguf.GGMLQuantizationType.F32
+        kind = quantize if values.ndim > 1 and name not in unquantized else gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -18,7 +18,7 @@ from tessera.bench.api.load import (
 from tessera.bench.api.options import ApiOptions
 from tessera.bench.benchmark import Done
 from tessera.bench.provenance import Provenance, provenance
-from tessera.bench.record import Conditions, Kind, Record, Subject, Value
+from tessera.bench.record import OF_ENGINE, Conditions, Kind, Record, Subject, Value
 from tessera.bench.served.client_process import Job
 from tessera.bench.served.latency import bottleneck, failures, ttft_ms, wrong_lengths
 from tessera.bench.served.load import Call, Load
@@ -145,8 +145,7 @@ class ApiBenchmark:
         model, info, settings = server.model, server.info, self._settings()
         if info:
             self.options.check_context(info.max_model_len, info.model)
-            names = ("page_size", "num_pages", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
-            settings |= {name: getattr(info, name) for name in names}
+            settings |= {name: getattr(info, name) for name in OF_ENGINE}
         prompts = asyncio.run(prompts_for(server, model, messages=self.options.chat))
         settings |= {"prompt_form": "token ids" if isinstance(prompts.parts[0], int) else "text"}
         conditions = Conditions(

@@ -93,7 +93,7 @@ def stages(
     options: CompareOptions,
     parts: list[str],
     device_type: str,
-    engine: dict[str, str],
+    engine: Mapping[str, str | bool],
     folder: str,
     left_out: Mapping[str, str] | None = None,
 ) -> list[Stage]:
@@ -128,14 +128,17 @@ def _backends(name: str, backends: Sequence[str], left_out: str | None) -> list[
     return ["--backends", ",".join(told)]
 
 
-def _engine_flags(name: str, engine: dict[str, str]) -> list[str]:
+def _engine_flags(name: str, engine: Mapping[str, str | bool]) -> list[str]:
     """The given settings that concern a benchmark, under the name that it has for them."""
     renamed = {"quality": {"dtype": "dtypes"}, "kernels": {"dtype": "dtypes"}, "ttft": {"model": "models"}}.get(
         name, {}
     )
-    unknown = {"kernels": ("tokenizer", "load_format", "max_model_len"), "offline": ("tokenizer",)}.get(name, ())
+    of_serving = ("tokenizer", "load_format", "max_model_len", "cpu_four_bits")
+    unknown = {"kernels": of_serving, "offline": ("tokenizer",)}.get(name, ())
     flags = []
     for setting, value in engine.items():
-        if setting not in unknown:
-            flags += ["--" + renamed.get(setting, setting).replace("_", "-"), value]
+        flag = renamed.get(setting, setting).replace("_", "-")
+        if setting in unknown:
+            continue
+        flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", value]
     return flags

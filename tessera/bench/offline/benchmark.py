@@ -18,7 +18,7 @@ from tessera.bench.offline.target import Target, target_of
 from tessera.bench.offline.worker_process import WorkerError, WorkerProcess
 from tessera.bench.offline.workloads import Work, works_of
 from tessera.bench.provenance import Provenance
-from tessera.bench.record import CacheState, Conditions, Kind, Record, Status, Subject, Value
+from tessera.bench.record import OF_ENGINE, CacheState, Conditions, Kind, Record, Status, Subject, Value
 from tessera.bench.statistics import percentile
 from tessera.bench.subjects import Wanted
 from tessera.config import EngineConfig, LoadFormat
@@ -263,8 +263,7 @@ class OfflineBenchmark:
         cold = self._options.warmup == 0 and repeat == 0
         cache: CacheState = "off" if not cached else "cold" if cold else "warm"
         info = facts.get("info", {})
-        ours = ("page_size", "num_pages", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
-        settings = {name: info[name] for name in ours if name in info}
+        settings = {name: info[name] for name in OF_ENGINE if name in info}
         settings |= {"load_format": config.model.load_format, "ignore_eos": True, **facts.get("settings", {})}
         return Conditions(
             model=self.target.name,

@@ -1,4 +1,7 @@
-"""A GGUF model as a Hugging Face folder, so that engines that read no GGUF file run the same weights as we do."""
+"""A GGUF model as a Hugging Face folder, so that engines that read no GGUF file run the same weights as we do.
+
+They are dequantised there as here; that we multiply steps of few tokens by what they were made of is ours alone.
+"""
 
 from __future__ import annotations
 

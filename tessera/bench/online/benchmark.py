@@ -10,7 +10,7 @@ from tessera.bench.benchmark import Done
 from tessera.bench.online.trace import Trace
 from tessera.bench.online.trace_prompts import Vocabulary, calls_of, warmup_calls
 from tessera.bench.provenance import Provenance, provenance
-from tessera.bench.record import Conditions, Kind, Record, Subject, Value
+from tessera.bench.record import OF_ENGINE, Conditions, Kind, Record, Subject, Value
 from tessera.bench.served.client_process import Job
 from tessera.bench.served.latency import (
     Promise,
@@ -162,8 +162,7 @@ class OnlineBenchmark:
                 "raise --max-model-len, or take a trace with shorter requests",
             )
         if info:
-            names = ("page_size", "num_pages", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
-            settings |= {name: getattr(info, name) for name in names}
+            settings |= {name: getattr(info, name) for name in OF_ENGINE}
         return Conditions(
             model=info.model if info else server.model,
             dtype=info.dtype if info else "",

@@ -87,14 +87,17 @@ class QualityBenchmark:
         gc.collect()
         try:
             model = self._model(dtype, wanted.settings | {"prove_attention": True})
-            led = model.answer(self._prompts, self._options.tokens, reference.answer.tokens)
-            free = model.answer(self._prompts, self._options.tokens)
+            batch = self._options.decode_batch
+            led = model.answer(self._prompts, self._options.tokens, reference.answer.tokens, decode_batch=batch)
+            free = model.answer(self._prompts, self._options.tokens, decode_batch=batch)
             losses = model.negative_log_likelihoods(self._windows)
             metrics = compare(led, free, reference.answer) | perplexity(losses, reference.losses)
             resolved = {choice.phase: choice.backends for choice in model.attention}
             proofs = [proof for choice in model.attention for proof in choice.proofs]
             subject = replace(wanted.subject, resolved=resolved, proofs=proofs)
-            return self._row(dtype, subject, "ok", metrics=metrics, samples=_samples(losses, reference.losses))
+            settings: dict[str, Value] = {"num_four_bit_layers": model.num_four_bit_layers}
+            samples = _samples(losses, reference.losses)
+            return self._row(dtype, subject, "ok", settings, metrics=metrics, samples=samples)
         except (TesseraError, RuntimeError) as error:
             return self._row(dtype, wanted.subject, "failed", reason=str(error).splitlines()[0])
 
@@ -102,20 +105,23 @@ class QualityBenchmark:
         if self._reference is None:
             logger.info("the reference: naive in float32")
             naive = {"prefill_attention": "naive", "decode_attention": "naive"}
-            model = self._model("float32", naive)
+            model = self._model("float32", naive, cpu_four_bits=None)  # which are asked of others
             answer = model.answer(self._prompts, self._options.tokens)
             self._reference = _Reference(answer, model.negative_log_likelihoods(self._windows))
         return self._reference
 
-    def _model(self, dtype: str, attention: dict[str, Any]) -> QualityModel:
+    def _model(self, dtype: str, attention: dict[str, Any], **device: Any) -> QualityModel:
         config = replace(
             self.config,
             model=replace(self.config.model, dtype=cast(DTypeName, dtype)),
+            device=replace(self.config.device, **device) if device else self.config.device,
             attention=replace(self.config.attention, **attention),
         )
         return QualityModel(config, len(self._prompts), self._longest)
 
-    def _row(self, dtype: str, subject: Subject, status: Any, **more: Any) -> Record:
+    def _row(
+        self, dtype: str, subject: Subject, status: Any, settings: dict[str, Value] | None = None, **more: Any
+    ) -> Record:
         options = self._options
         case: dict[str, Value] = {
             "model": self.target.name,
@@ -126,6 +132,9 @@ class QualityBenchmark:
             "window": options.window,
             "windows": options.windows,
         }
+        if options.decode_batch is not None:
+            case["decode_batch"] = options.decode_batch
+        always: dict[str, Value] = {"temperature": 0, "reference": "naive in float32"}
         conditions = Conditions(
             model=self.target.name,
             dtype=dtype,
@@ -133,7 +142,7 @@ class QualityBenchmark:
             seed=self.config.model.seed,
             warmup="none",
             cache="off",
-            settings={"temperature": 0, "reference": "naive in float32", "load_format": self.config.model.load_format},
+            settings=always | {"load_format": self.config.model.load_format} | (settings or {}),
         )
         return Record(
             kind=self.kind,

@@ -45,11 +45,14 @@ class QualityModel:
         started = self._executor.start(max_num_batched_tokens=max(2048, longest), progress=False)
         self._page_size = started.page_size
         self.attention: list[AttentionChoice] = started.attention
+        self.num_four_bit_layers = started.num_four_bit_layers
 
-    def answer(self, prompts: Ids, num_tokens: int, led_by: Tensor | None = None) -> Answer:
+    def answer(
+        self, prompts: Ids, num_tokens: int, led_by: Tensor | None = None, *, decode_batch: int | None = None
+    ) -> Answer:
         """Greedy tokens, or those of `led_by` [prompts, tokens], with the logits behind each.
 
-        Prompts are computed one by one (prefill), then all sequences a token at a time (decode).
+        Prompts are computed one by one (prefill), then `decode_batch` sequences (None: all) a token at a time (decode).
         """
         sequences = list(self._sequences(prompts, num_tokens))
         rows = [self._executor.logits(Step.of({each: len(each.token_ids)}))[-1].cpu() for each in sequences]
@@ -61,7 +64,10 @@ class QualityModel:
             for sequence, token in zip(sequences, chosen[-1].tolist()):
                 sequence.num_computed_tokens = len(sequence.token_ids)
                 sequence.token_ids.append(token)
-            logits.append(self._executor.logits(Step.of(dict.fromkeys(sequences, 1))).cpu())
+            size = decode_batch or len(sequences)
+            groups = [sequences[start : start + size] for start in range(0, len(sequences), size)]
+            rows = [self._executor.logits(Step.of(dict.fromkeys(group, 1))).cpu() for group in groups]
+            logits.append(torch.cat(rows))
         return Answer(torch.stack(chosen, 1), logits)
 
     def negative_log_likelihoods(self, windows: Ids) -> Tensor:

@@ -19,6 +19,8 @@ class QualityOptions:
     """Prompts that are answered greedily, led by the reference and free."""
     tokens: int = 64
     """Tokens of each answer."""
+    decode_batch: int | None = None
+    """Sequences that are decoded in one step: what serves few is not always what serves many. Left out: all."""
     text: str | None = None
     """UTF-8 file for perplexity. Left out: the prose of Python's own `pydoc_data.topics`."""
     window: int = 512
@@ -39,6 +41,7 @@ class QualityOptions:
     RANGES: ClassVar[Ranges] = {
         "prompts": (1, 4096),
         "tokens": (1, 100_000),
+        "decode_batch": (1, 4096),
         "window": (2, 2**20),
         "windows": (1, 100_000),
         "limit": (1, 10_000_000),

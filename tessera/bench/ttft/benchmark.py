@@ -11,7 +11,7 @@ from functools import partial
 from tessera.bench.api.load import cached_tokens, round_trips_ms
 from tessera.bench.benchmark import Done
 from tessera.bench.provenance import Provenance, provenance
-from tessera.bench.record import Conditions, Kind, Record, Subject, Value
+from tessera.bench.record import OF_ENGINE, Conditions, Kind, Record, Subject, Value
 from tessera.bench.served.client_process import Job
 from tessera.bench.served.latency import client_figures, failures, ttft_ms, wrong_lengths
 from tessera.bench.served.load import Call, Load
@@ -106,8 +106,7 @@ class TtftBenchmark:
     def _prepared(self, server: Server, subject: Subject) -> _Running:
         model, info, settings = server.model, server.info, self._settings()
         assert info  # ours tell
-        names = ("page_size", "num_pages", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
-        settings |= {name: getattr(info, name) for name in names}
+        settings |= {name: getattr(info, name) for name in OF_ENGINE}
         conditions = Conditions(model, info.dtype, device_type(info), self._seed, settings=settings)
         return _Running(server, model, subject, conditions, asyncio.run(prompts_for(server, model)))
 

@@ -20,7 +20,17 @@ from tessera.commands.flags import Parser, add_settings, engine_config, read_sec
 from tessera.config import CacheConfig, DeviceConfig, ModelConfig, settings_of
 from tessera.errors import ConfigError
 
-_ENGINE = ("model", "tokenizer", "load_format", "dtype", "max_model_len", "device", "cpu_threads", "page_size")
+_ENGINE = (
+    "model",
+    "tokenizer",
+    "load_format",
+    "dtype",
+    "max_model_len",
+    "device",
+    "cpu_threads",
+    "cpu_four_bits",
+    "page_size",
+)
 
 
 def add_flags(parser: Parser) -> None:
@@ -92,9 +102,9 @@ def _folder(options: CompareOptions) -> Path:
     return folder
 
 
-def _given(args: argparse.Namespace) -> dict[str, str]:
+def _given(args: argparse.Namespace) -> dict[str, str | bool]:
     """The engine's settings that were given, by name."""
     given = {name: getattr(args, name) for name in _ENGINE if hasattr(args, name)}
     if getattr(args, "model_word", None) is not None:
         given["model"] = args.model_word
-    return {name: str(value) for name, value in given.items()}
+    return {name: value if isinstance(value, bool) else str(value) for name, value in given.items()}

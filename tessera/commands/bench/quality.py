@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 OF_TASKS = ("lm_eval_path", "lm_eval_python", "lm_eval_transformers", "limit")
 OF_SERVING = ("max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "chat_template")
 """What decides how requests are scheduled; logits are computed without a scheduler."""
-OF_LOGITS = ("prompts", "tokens", "text", "window", "windows")
+OF_LOGITS = ("prompts", "tokens", "decode_batch", "text", "window", "windows")
 
 
 def add_flags(parser: Parser) -> None:

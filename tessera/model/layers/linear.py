@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tessera.kernels.small_linear_tiles import FEW_ROWS, MAX_ROWS, MORE_ROWS
+from tessera.model.layers.four_bits import MOST_TOKENS, FourBits
 from tessera.model.layers.norm import RMSNorm
 from tessera.model.layers.parameter import Placement
 
@@ -22,7 +23,8 @@ class Linear(nn.Module):
 
     After `prepare`, on a CPU in the types that `packs` names, oneDNN multiplies by a weight packed once: faster,
     and with AVX2 in fp32 a row of the result had the same bits whatever other rows came with it, which
-    `functional.linear` does not keep.
+    `functional.linear` does not keep. Steps of up to `MOST_TOKENS` tokens are multiplied by `four_bits` where a loader
+    has kept them.
     """
 
     weight: nn.Parameter
@@ -34,9 +36,12 @@ class Linear(nn.Module):
         self.weight = placement.empty(num_outputs, num_inputs)
         self.bias = placement.empty(num_outputs) if bias else None
         self.packed: Tensor | None = None
+        self.four_bits: FourBits | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[tokens, num_inputs] -> [tokens, num_outputs]"""
+        if self.four_bits is not None and hidden.shape[0] <= MOST_TOKENS:
+            return self.four_bits.multiply(hidden, self.bias)
         if self.packed is None:
             return functional.linear(hidden, self.weight, self.bias)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self.packed, self.bias, "none", [], "")
