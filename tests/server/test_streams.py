@@ -106,7 +106,9 @@ def test_metrics_are_prometheus_text(server: ServerProcess) -> None:
 
 
 def test_attention_names_the_backend_and_the_reason_of_each_phase_and_proves_it(server: ServerProcess) -> None:
-    phases = server.http.get("/v1/attention").json()["phases"]
+    told = server.http.get("/v1/attention").json()
+    assert told["num_four_bit_layers"] == 0, "as this server was told"
+    phases = told["phases"]
     assert set(phases) == {"prefill", "decode"}
     for phase, choice in phases.items():
         assert choice["backend"] and choice["reason"]
