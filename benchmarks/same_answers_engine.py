@@ -111,7 +111,7 @@ def fixed_requests(prompts: Ids, num_tokens: int) -> list[Asked]:
 
 def run(settings: dict[str, Any], asked: list[Asked], arriving: int) -> Run:
     """Build an engine, answer all requests, `arriving` new ones a step, and free it; TesseraError where it cannot."""
-    # With 4-bit weights the last of two sequences would round otherwise than the two.
+    # With 4-bit weights a step of few tokens would round otherwise than one of many, graphs and overlap or not.
     engine = build_engine(EngineConfig.from_flat(settings | {"cpu_four_bits": False}))
     started = time.perf_counter()
     answers = _answer(engine, asked, arriving)

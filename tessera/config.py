@@ -62,7 +62,7 @@ class DeviceConfig:
     """Threads for the computation on a CPU. Left out: torch's own choice, one a core."""
     cpu_four_bits: bool | None = None
     """On a CPU in bfloat16, multiply steps of few tokens by the 4-bit weights of a GGUF file (Q4_0, Q4_1, Q4_K) as they
-    are: up to 1.5 times as fast as by those made of them, which larger steps take, for a third more memory. The two
+    are: up to 1.7 times as fast as by those made of them, which larger steps take, for a third more memory. The two
     round differently, so a near tie may fall by how many tokens share a step. Left out: in layers that the file has
     whole in 4 bits, where memory allows."""
 

@@ -73,11 +73,11 @@ def _keep(linear: Linear, parts: list[GGUFPart]) -> None:
     """Parts fill whole rows of the weight, each once."""
     num_rows, num_columns = linear.weight.shape
     kept, step = FourBits(num_rows, num_columns), max(BLOCK, _AT_A_TIME // num_columns // BLOCK * BLOCK)
-    firsts = {part.place.storage_offset() // num_columns: part for part in parts}
+    firsts = sorted(((part.place.storage_offset() // num_columns, part) for part in parts), key=lambda item: item[0])
     for start in range(0, num_rows, step):
         rows = [
             _rows(part, max(start - first, 0), min(start + step - first, len(part.place)))
-            for first, part in sorted(firsts.items(), key=lambda item: item[0])
+            for first, part in firsts
             if first < start + step and start < first + len(part.place)
         ]
         kept.fill(start, *(torch.cat(each) for each in zip(*rows)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -83,6 +84,8 @@ class Executor:
             four_bits=four_bits,
             progress=progress,
         )
+        if self._config.device.cpu_four_bits and not model.num_four_bit_layers:
+            self._refuse_four_bits(f"no layer of {self._source.name} is whole in them")
         load_seconds = time.perf_counter() - started
         usable = self._usable_bytes(model, attention, page_size, max_num_batched_tokens)
         num_pages, max_model_len = self._num_pages(usable, page_size)
@@ -128,10 +131,7 @@ class Executor:
         if wanted is not False:
             found = find_four_bits(self._source, random=random, dtype=self._dtype, device=self._device)
         if wanted and found.refused:
-            raise ConfigError(
-                f"--cpu-four-bits asks for products by the file's own 4-bit weights, but {found.refused}",
-                "leave --cpu-four-bits out to have them where they can be had",
-            )
+            self._refuse_four_bits(found.refused)
         memory.check_weights_fit(num_weight_bytes, self._device, share)
         try:
             memory.check_weights_fit(num_weight_bytes + found.num_bytes, self._device, share)
@@ -143,6 +143,12 @@ class Executor:
             logger.warning("no memory is left for the file's own 4-bit weights: few sequences are decoded more slowly")
             return False
         return found.num_bytes > 0
+
+    def _refuse_four_bits(self, reason: str) -> NoReturn:
+        raise ConfigError(
+            f"--cpu-four-bits asks for products by the file's own 4-bit weights, but {reason}",
+            "leave --cpu-four-bits out to have them where they can be had",
+        )
 
     def _graph_limits(
         self, model: LanguageModel, attention: Attention, num_pages: int, page_size: int, max_model_len: int

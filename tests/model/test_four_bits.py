@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from tessera.model import gguf_four_bits
 from tessera.model.gguf_four_bits import find_four_bits
 from tessera.model.language_model import LanguageModel
 from tessera.model.layers import four_bits
-from tessera.model.layers.four_bits import BLOCK, MOST_TOKENS, FourBits, fits
+from tessera.model.layers.four_bits import BLOCK, MOST_TOKENS, FourBits, fits, processor_refused
 from tessera.model.layers.linear import Linear, packs
 from tessera.model.registry import load_model, load_spec, num_weight_bytes
 from tessera.model.source import ModelSource
@@ -33,6 +34,7 @@ CPU = torch.device("cpu")
 HALF = torch.bfloat16
 Q4_0, Q4_1, Q4_K, Q8_0 = (gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q4_K", "Q8_0"))
 needs_bfloat16 = pytest.mark.skipif(not packs(HALF, CPU), reason="this processor does not compute in bfloat16")
+NAMES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "llama", {"attention_bias": True, "mlp_bias": True}),
     "qwen3": ("qwen3", "qwen3", {"head_dim": 64, "tie_word_embeddings": True}),
@@ -66,7 +68,7 @@ def test_the_product_is_that_of_the_weight_it_stands_for(shape: tuple[int, int],
     kept = _filled(*shape, rows=shape[0])
     product = kept.multiply(hidden, bias)
     expected = hidden.float() @ weight.flatten(1).t() + bias.float()
-    assert product.dtype == HALF and kept.num_inputs == shape[1]
+    assert product.dtype == HALF
     assert (product.float() - expected).norm() < 0.005 * expected.norm()  # bfloat16 weights: 0.004
 
 
@@ -76,6 +78,25 @@ def test_packing_some_rows_at_a_time_makes_no_difference() -> None:
     at_once = _filled(720, 96, rows=720).multiply(hidden, None)
     for rows in (BLOCK, 2 * BLOCK, 5 * BLOCK):
         assert torch.equal(_filled(720, 96, rows).multiply(hidden, None), at_once)
+
+
+@needs_bfloat16
+def test_a_row_of_a_small_step_does_not_depend_on_the_others() -> None:
+    kept, hidden = _filled(576, 1536, rows=576), torch.randn(MOST_TOKENS, 1536).to(HALF)
+    together = kept.multiply(hidden, None)
+    for tokens in range(1, MOST_TOKENS):
+        alone = [kept.multiply(hidden[start : start + tokens], None) for start in range(MOST_TOKENS - tokens)]
+        assert all(torch.equal(rows, together[start : start + tokens]) for start, rows in enumerate(alone)), tokens
+
+
+def test_a_processor_for_which_torch_has_no_fast_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert "here it is DEFAULT" in str(processor_refused())
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert "on win32" in str(processor_refused())
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert processor_refused() is None
 
 
 def _linears(model: LanguageModel) -> dict[str, Linear]:
@@ -119,8 +140,9 @@ def test_every_product_of_a_file_is_by_its_own_weights_in_small_steps_alone(
     assert model.num_four_bit_layers == len(_linears(model)) > 0
     for name, linear in _linears(model).items():
         kept, linear.four_bits = linear.four_bits, None
-        assert kept is not None
-        few, more = (torch.randn(tokens, kept.num_inputs).to(HALF) for tokens in (MOST_TOKENS, MOST_TOKENS + 1))
+        assert kept is not None and linear.packed is not None
+        num_inputs = linear.packed.shape[1]
+        few, more = (torch.randn(tokens, num_inputs).to(HALF) for tokens in (MOST_TOKENS, MOST_TOKENS + 1))
         expected, expected_of_more = linear(few), linear(more)
         linear.four_bits = kept
         found = linear(few)
@@ -142,6 +164,18 @@ def test_a_product_of_tensors_of_several_types_is_not_kept(tmp_path: Path) -> No
     model = _load(tmp_path / "v.gguf")
     lacking = [name for name, linear in _linears(model).items() if linear.four_bits is None]
     assert lacking == ["layers.0.attention.qkv"]
+
+
+@needs_bfloat16
+def test_a_file_in_which_no_layer_is_whole_in_4_bits_cannot_be_asked_for_them(tmp_path: Path) -> None:
+    theirs = make_model("llama", tmp_path / "tiny", hidden_size=64, intermediate_size=96)
+    kept = "blk.0.attn_k.weight"  # beside q and v that are not
+    path, tensors = tmp_path / "k.gguf", {f"blk.{n}.{name}.weight" for n in range(9) for name in NAMES}
+    write_gguf(theirs, path, architecture="llama", quantize=Q4_0, unquantized=tensors - {kept})
+    settings = {"model": str(path), "tokenizer": str(default_source().path)}
+    assert _kept(**settings) == 0
+    with pytest.raises(ConfigError, match=r"--cpu-four-bits .* no layer of k is whole in them"):
+        _kept(**settings, cpu_four_bits=True)
 
 
 @needs_bfloat16

@@ -46,6 +46,8 @@ class FourBits:
     def multiply(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
         """The product with the weight, added up in float32 and rounded; bias is added to that and rounded again.
 
+        A row of up to MOST_TOKENS has the same bits whatever the others hold and however many there are.
+
         hidden, bias  [tokens, inputs], [outputs], bfloat16
         returns       [tokens, outputs] bfloat16
         """
@@ -53,11 +55,6 @@ class FourBits:
             hidden.contiguous(), self._packed, GROUP, self._groups
         )
         return product if bias is None else product.add_(bias)
-
-    @property
-    def num_inputs(self) -> int:
-        """Columns of the weight."""
-        return self._packed.shape[1] * 2
 
     @property
     def num_bytes(self) -> int:
@@ -75,7 +72,8 @@ def processor_refused() -> str | None:
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512") or sys.platform == "win32":
         return (
-            f"torch's kernel for them is slow here (AVX2 or AVX512 and no Windows is needed, torch says {capability})"
+            f"torch's kernel for them is slow but with AVX2 or AVX512 outside Windows, and here it is {capability} "
+            f"on {sys.platform}"
         )
     names = ("_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu")
     missing = [name for name in names if not hasattr(torch.ops.aten, name)]
