@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from tessera.config import RANGES, EngineConfig, ServerConfig, check_section, section_types, settings_of
+from tessera.config import (
+    RANGES,
+    EngineConfig,
+    SchedulerConfig,
+    ServerConfig,
+    check_section,
+    section_types,
+    settings_of,
+)
 from tessera.environment import check_environment
 from tessera.errors import ConfigError
 
@@ -53,9 +61,21 @@ def test_an_unknown_environment_name_is_refused_with_the_nearest_known() -> None
     assert caught.value.hint == "did you mean TESSERA_API_KEY?"
 
 
+@pytest.mark.parametrize(
+    ("device", "gigabytes", "budget"), [("cpu", 1, 1024), ("cpu", 16, 1024), ("cuda", 1, 16384), ("cuda", 16, 8192)]
+)
+def test_the_token_budget_follows_device_and_weights_where_none_is_given(
+    device: str, gigabytes: int, budget: int
+) -> None:
+    assert SchedulerConfig().resolve_budget(device, gigabytes * 10**9) == budget
+    assert SchedulerConfig(max_num_batched_tokens=77).resolve_budget(device, gigabytes * 10**9) == 77
+
+
 def test_resolving_leaves_nothing_open_and_the_original_as_it_was() -> None:
     config = EngineConfig()
-    resolved = config.resolve(device="cpu", dtype="float32", max_model_len=100, page_size=16)
+    resolved = config.resolve(
+        device="cpu", dtype="float32", max_model_len=100, page_size=16, max_num_batched_tokens=1024
+    )
     assert config == EngineConfig()
     assert (resolved.device.device, resolved.model.dtype, resolved.model.max_model_len) == ("cpu", "float32", 100)
     assert (resolved.cache.page_size, resolved.scheduler.max_num_batched_tokens) == (16, 1024)

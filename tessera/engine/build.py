@@ -9,7 +9,7 @@ from tessera.config import EngineConfig
 from tessera.engine.engine import Engine
 from tessera.errors import ConfigError
 from tessera.log import logger
-from tessera.model.registry import load_spec
+from tessera.model.registry import load_spec, num_weight_bytes
 from tessera.model.source import ModelSource, find_model
 from tessera.model.spec import ModelSpec
 from tessera.runner.device import choose_device, choose_dtype, device_name, dtype_name
@@ -39,7 +39,7 @@ def build_engine(config: EngineConfig, *, progress: bool = False) -> Engine:
         keep_freed_memory()
     if config.device.cpu_threads is not None:
         torch.set_num_threads(config.device.cpu_threads)
-    budget = config.scheduler.resolve_budget(device.type)
+    budget = config.scheduler.resolve_budget(device.type, num_weight_bytes(spec, dtype, device))
     executor = Executor(config, source, spec, device, dtype)
     capacity = executor.start(max_num_batched_tokens=budget, progress=progress)
     resolved = config.resolve(
@@ -47,9 +47,10 @@ def build_engine(config: EngineConfig, *, progress: bool = False) -> Engine:
         dtype=dtype_name(dtype),
         max_model_len=capacity.max_model_len,
         page_size=capacity.page_size,
+        max_num_batched_tokens=budget,
     )
-    scheduler = _build_scheduler(resolved, capacity, spec)
-    info = _describe(resolved, capacity, source, spec, device_name(device))
+    scheduler = _build_scheduler(resolved, capacity, spec, budget)
+    info = _describe(resolved, capacity, source, spec, device_name(device), budget)
     overlap = device.type == "cuda" if config.scheduler.overlap is None else config.scheduler.overlap
     return Engine(executor, scheduler, info, config.model.seed, overlap=overlap)
 
@@ -63,10 +64,10 @@ def _check_context(config: EngineConfig, spec: ModelSpec) -> None:
         )
 
 
-def _build_scheduler(config: EngineConfig, capacity: Capacity, spec: ModelSpec) -> Scheduler:
+def _build_scheduler(config: EngineConfig, capacity: Capacity, spec: ModelSpec, budget: int) -> Scheduler:
     limits = SchedulerLimits(
         max_num_seqs=config.scheduler.max_num_seqs,
-        max_num_batched_tokens=config.scheduler.resolve_budget(config.device.device),
+        max_num_batched_tokens=budget,
         max_model_len=capacity.max_model_len,
         page_size=capacity.page_size,
         prefix_caching=config.cache.enable_prefix_caching,
@@ -75,7 +76,7 @@ def _build_scheduler(config: EngineConfig, capacity: Capacity, spec: ModelSpec) 
 
 
 def _describe(
-    config: EngineConfig, capacity: Capacity, source: ModelSource, spec: ModelSpec, device: str
+    config: EngineConfig, capacity: Capacity, source: ModelSource, spec: ModelSpec, device: str, budget: int
 ) -> EngineInfo:
     return EngineInfo(
         model=config.model.served_model_name or source.name,
@@ -88,7 +89,7 @@ def _describe(
         page_size=capacity.page_size,
         num_pages=capacity.num_pages,
         max_num_seqs=config.scheduler.max_num_seqs,
-        max_num_batched_tokens=config.scheduler.resolve_budget(config.device.device),
+        max_num_batched_tokens=budget,
         attention=capacity.attention,
         load_seconds=capacity.load_seconds,
         num_four_bit_layers=capacity.num_four_bit_layers,

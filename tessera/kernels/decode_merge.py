@@ -59,20 +59,29 @@ def out_rows(row: tl.tensor, heads: tl.tensor, GROUP: tl.constexpr, HEAD_DIM: tl
 
 
 @triton.jit
+def part_number(first_part: tl.tensor, part: tl.tensor, RUNS: tl.constexpr) -> tl.tensor:
+    """Where a sequence's parts lie: one behind the other, or where RUNS every second, but for the first.
+
+    A program of `decode_shares.own_run` has room for two, for it may end in another sequence than it began in.
+    """
+    return first_part + 2 * part + (part == 0).to(tl.int32) if RUNS else first_part + part
+
+
+@triton.jit
 def _merge_parts(
     out: tl.tensor, heads: tl.tensor, num_rows: tl.tensor, first_row: tl.tensor, part_out: tl.tensor,
     part_lse: tl.tensor, first_part: tl.tensor, count: tl.tensor,
     GROUP: tl.constexpr, PART_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
-    MERGE_ROWS: tl.constexpr, PARTS: tl.constexpr,
+    MERGE_ROWS: tl.constexpr, PARTS: tl.constexpr, RUNS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Merge parts first_part .. first_part + count by log-sum-exp into out, PARTS at a time."""
+    """Merge `count` parts by log-sum-exp into out, PARTS at a time; they are those of `part_number`."""
     row, dim = tl.arange(0, MERGE_ROWS), tl.arange(0, HEAD_PAD)
     peak = tl.full([MERGE_ROWS], -1.0e30, tl.float32)
     total = tl.zeros([MERGE_ROWS], tl.float32)
     acc = tl.zeros([MERGE_ROWS, HEAD_PAD], tl.float32)
     for begin in range(0, count, PARTS):
         part = begin + tl.arange(0, PARTS)
-        at = (first_part + part)[None, :] * PART_ROWS + row[:, None]
+        at = part_number(first_part, part, RUNS)[None, :] * PART_ROWS + row[:, None]
         real = (part < count)[None, :] & (row < num_rows)[:, None]
         # .cg: read from L2, where the other programs' results are; L1 may hold what stood here before.
         lse = tl.load(part_lse + at, mask=real, other=float("-inf"), cache_modifier=".cg")
@@ -91,31 +100,65 @@ def _merge_parts(
 
 
 @triton.jit
+def write_part(
+    values: tl.tensor, lse: tl.tensor, number: tl.tensor, is_whole: tl.tensor, out: tl.tensor, heads: tl.tensor,
+    num_rows: tl.tensor, first_row: tl.tensor, part_out: tl.tensor, part_lse: tl.tensor,
+    GROUP: tl.constexpr, PART_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, ROWS: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write part `number` down, or where it is the whole, the answer.
+
+    values  [ROWS, HEAD_PAD], divided; lse [ROWS]; of both num_rows are real
+    out     at the sequence's first query and this key head, whose rows from first_row on these are
+    """
+    row = tl.arange(0, ROWS)
+    if is_whole:
+        rows = out_rows(first_row + row, heads, GROUP, HEAD_DIM)
+        store_part(out, values, rows, row < num_rows, 0, HEAD_PAD, HEAD_DIM)
+    else:
+        written = part_out + number * (PART_ROWS * HEAD_DIM)
+        store_part(written, values, row * HEAD_DIM, row < num_rows, 0, HEAD_PAD, HEAD_DIM)
+        tl.store(part_lse + number * PART_ROWS + row, lse, mask=row < num_rows)
+
+
+@triton.jit
+def merge_if_last(
+    first_part: tl.tensor, num_parts: tl.tensor, arrived: tl.tensor, out: tl.tensor, heads: tl.tensor,
+    num_rows: tl.tensor, first_row: tl.tensor, part_out: tl.tensor, part_lse: tl.tensor,
+    GROUP: tl.constexpr, PART_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
+    MERGE_ROWS: tl.constexpr, PARTS: tl.constexpr, RUNS: tl.constexpr,
+) -> None:  # fmt: skip
+    """Count this program as arrived, all of whose threads have written its part; merge them all if it is the last.
+
+    arrived    the counter that the sequence's programs share
+    """
+    if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+        tl.store(arrived, 0)
+        _merge_parts(
+            out, heads, num_rows, first_row, part_out, part_lse, first_part, num_parts,
+            GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, MERGE_ROWS, PARTS, RUNS,
+        )  # fmt: skip
+
+
+@triton.jit
 def finish_part(
     values: tl.tensor, lse: tl.tensor, part: tl.tensor, first_part: tl.tensor, num_parts: tl.tensor,
-    arrived: tl.tensor, out: tl.tensor, heads: tl.tensor, num_rows: tl.tensor, first_row: tl.tensor,
+    arrivals: tl.tensor, out: tl.tensor, heads: tl.tensor, num_rows: tl.tensor, first_row: tl.tensor,
     part_out: tl.tensor, part_lse: tl.tensor,
     GROUP: tl.constexpr, PART_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
     ROWS: tl.constexpr, MERGE_ROWS: tl.constexpr, PARTS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Write one part down, and merge them all if the others have been written; one alone is the answer.
+    """Write one part of parts that lie one behind the other, and merge them if the others have been written.
 
-    values     [ROWS, HEAD_PAD], divided; lse [ROWS]; of both num_rows are real
-    arrived    the counter that this sequence's programs share
-    out        at the sequence's first query and this key head, whose rows from first_row on these are
+    values, out  as in `write_part`
+    arrivals     counters, of which this sequence's programs share that of its first part
     """
-    row = tl.arange(0, ROWS)
-    if num_parts <= 1:
-        rows = out_rows(first_row + row, heads, GROUP, HEAD_DIM)
-        store_part(out, values, rows, row < num_rows, 0, HEAD_PAD, HEAD_DIM)
-    else:
-        written = part_out + part * (PART_ROWS * HEAD_DIM)
-        store_part(written, values, row * HEAD_DIM, row < num_rows, 0, HEAD_PAD, HEAD_DIM)
-        tl.store(part_lse + part * PART_ROWS + row, lse, mask=row < num_rows)
+    write_part(
+        values, lse, first_part + part, num_parts <= 1, out, heads, num_rows, first_row, part_out, part_lse,
+        GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, ROWS,
+    )  # fmt: skip
+    if num_parts > 1:
         tl.debug_barrier()  # every thread's share is written before this program says that it arrived
-        if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
-            tl.store(arrived, 0)
-            _merge_parts(
-                out, heads, num_rows, first_row, part_out, part_lse, first_part, num_parts,
-                GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, MERGE_ROWS, PARTS,
-            )  # fmt: skip
+        merge_if_last(
+            first_part, num_parts, arrivals + first_part, out, heads, num_rows, first_row, part_out, part_lse,
+            GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, MERGE_ROWS, PARTS, False,
+        )  # fmt: skip

@@ -64,12 +64,15 @@ class Executor:
         self._config, self._source, self._spec = config, source, spec
         self._device, self._dtype = device, dtype
         self._runner: Runner | None = None
+        self._budget = 0
+        """Most tokens of a step; known from `start` on."""
 
     def start(self, *, max_num_batched_tokens: int, progress: bool) -> Capacity:
         """Choose and test attention, load the weights, size the cache by what is left, allocate it, prove attention.
 
         Raises ConfigError, ModelError, BackendError or CapacityError.
         """
+        self._budget = max_num_batched_tokens
         num_bytes = num_weight_bytes(self._spec, self._dtype, self._device)
         four_bits = self._keeps_four_bits(num_bytes)
         attention, page_size, choices = self._choose_attention()
@@ -178,7 +181,7 @@ class Executor:
     def _with_prompts(self, model: LanguageModel, graphs: GraphLimits) -> GraphLimits:
         products = [each for each in model.modules() if isinstance(each, Linear) and not isinstance(each, Head)]
         num_weights = sum(product.weight.numel() for product in products)
-        return graphs.worth(self._config.scheduler.resolve_budget(self._device.type), num_weights)
+        return graphs.worth(self._budget, num_weights)
 
     def _choose_attention(self) -> tuple[Attention, int, list[AttentionChoice]]:
         """Attention that has passed its self-test, its page size, and how each backend was chosen."""

@@ -20,7 +20,7 @@ from tessera.attention.backends.triton_decode import Decode, DecodePlan, TritonF
 from tessera.attention.backends.triton_options import Options, device_resources
 from tessera.attention.contract import Phase, Shape
 from tessera.attention.workloads import Case, Workload, make_batch, make_case
-from tessera.kernels.decode_shares import find_share, lengths_block, share_by_length
+from tessera.kernels.decode_shares import lengths_block, own_run, owner, share_by_length
 from tessera.kernels.paged_decode import Queries, constants, paged_decode_kernel
 from tessera.kernels.scores import Scores
 from triton_interpreter import (
@@ -57,40 +57,46 @@ def test_in_the_interpreter() -> None:
 
 
 @triton.jit
-def find_shares(
-    kv_lens: tl.tensor, found: tl.tensor, num_seqs: tl.tensor, num_splits: tl.tensor, min_split: tl.tensor,
+def find_runs(
+    kv_lens: tl.tensor, found: tl.tensor, num_seqs: tl.tensor, min_split: tl.tensor,
     LONGEST: tl.constexpr, SEQS: tl.constexpr,  # noqa: N803
 ) -> None:  # fmt: skip
     unit = tl.program_id(0)
-    seq, split, splits, part = find_share(kv_lens, num_seqs, unit, num_splits, min_split, LONGEST, SEQS, 16)
-    tl.store(found + unit * 4, seq)
-    tl.store(found + unit * 4 + 1, split)
-    tl.store(found + unit * 4 + 2, splits)
-    tl.store(found + unit * 4 + 3, part)
+    begin, end, first, last, seq_block, each, more = own_run(
+        kv_lens, num_seqs, unit, tl.num_programs(0), min_split, LONGEST, SEQS, 16
+    )
+    row = found + unit * 6
+    tl.store(row, begin)
+    tl.store(row + 1, end)
+    tl.store(row + 2, first)
+    tl.store(row + 3, last)
+    tl.store(row + 4, seq_block)
+    tl.store(row + 5, owner(begin, each, more))
 
 
 @needs_kernels
-def test_every_token_has_one_program_and_every_part_a_place_of_its_own() -> None:
+def test_every_block_has_one_program_and_all_programs_have_as_many() -> None:
     draw = random.Random(0)
     for longest in (0, 100):
         for num_seqs in (2, 17, 70):
             lens = [draw.choice((0, 1, 16, 17, draw.randint(1, 3000))) for _ in range(num_seqs)]
             aim, min_split = draw.randint(1, 40), draw.choice((16, 128))
             shares = share_by_length(num_seqs, aim, min_split, longest or max(lens))
-            aim = shares.num_splits
-            found = torch.zeros(shares.num_units, 4, dtype=torch.int32, device=DEVICE)
+            found = torch.zeros(shares.num_splits, 6, dtype=torch.int32, device=DEVICE)
             kv_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
-            find_shares[(shares.num_units,)](kv_lens, found, num_seqs, aim, min_split, longest, lengths_block(num_seqs))
-            rows = [tuple(row) for row in found.tolist()]
-            real = [row for row in rows if row[1] < row[2]]
-            splits = {seq: count for seq, _, count, _ in real}
-            assert [row[:2] for row in real] == [(s, i) for s in range(num_seqs) for i in range(splits[s])]
-            parts = [part + split for _, split, count, part in real if count > 1]
-            assert parts == list(range(len(parts)))
-            assert len(parts) <= shares.capacity(num_seqs)
-            seen = [min(kv_len, longest or kv_len) for kv_len in lens]
-            size = max(-(-sum(seen) // aim) + 16, min_split)  # in whole tiles
-            assert all(-(-seen[seq] // count) <= size for seq, count in splits.items())
+            find_runs[(shares.num_splits,)](kv_lens, found, num_seqs, min_split, longest, lengths_block(num_seqs))
+            blocks = [max(1, -(-min(kv_len, longest or kv_len) // 16)) for kv_len in lens]
+            of_seq = [seq for seq, count in enumerate(blocks) for _ in range(count)]
+            runs = [(unit, *row) for unit, row in enumerate(found.tolist()) if row[0] < row[1]]
+            assert [block for _, begin, end, *_ in runs for block in range(begin, end)] == list(range(len(of_seq)))
+            sizes = {end - begin for _, begin, end, *_ in runs}
+            assert max(sizes) - min(sizes) <= 1
+            assert len(runs) == 1 or min(sizes) >= min_split // 16
+            assert len(runs) == shares.num_splits or min(sizes) < 2 * max(1, min_split // 16)
+            for unit, begin, end, first, last, seq_block, owned_by in runs:
+                assert (first, last) == (of_seq[begin], of_seq[end - 1])
+                assert seq_block == sum(blocks[:first])
+                assert owned_by == unit
 
 
 @needs_kernels
@@ -106,6 +112,26 @@ def test_unlike_lengths_equal_the_oracle_however_split(dtype: torch.dtype, windo
 
 
 @needs_kernels
+@pytest.mark.parametrize(
+    "lens",
+    [
+        (2048,) * 2,  # every program in the middle of a sequence, at both ends
+        (96,) * 70,  # runs that end where sequences do, and some that do not
+        (1, 3000, 1, 1, 1, 2000, 31, 33),  # one that many programs share, between short ones
+        (400, 0, 0, 400, *(0,) * 20),  # padding rows within and behind
+    ],
+    ids=str,
+)
+def test_wherever_runs_begin_and_end_every_sequence_is_merged_once(lens: tuple[int, ...]) -> None:
+    case = make_case(Phase.DECODE, Workload(tuple((1, kv_len) for kv_len in lens)), make_shape())
+    decode = Decode(case.shape, options=FINE)
+    plan, out = answer(decode, case)
+    assert plan.shares.balanced and plan.shares.num_splits > 8
+    assert case.problems(out) == []
+    assert not decode.workspace.arrivals.any()
+
+
+@needs_kernels
 def test_a_long_sequence_has_the_programs_that_short_ones_leave() -> None:
     """Split evenly, the longest of many sequences is one program's work; by length it is that of many."""
     shape = make_shape()
@@ -115,9 +141,9 @@ def test_a_long_sequence_has_the_programs_that_short_ones_leave() -> None:
     by_length, evenly = (Decode(case.shape, balanced=of, options=FINE) for of in (True, False))
     even, plan = evenly.plan(case.batch).shares, by_length.plan(case.batch).shares
     assert even.num_splits == 1
-    size = max(-(-sum(kv_len for _, kv_len in lens) // plan.num_splits), FINE.min_split)
-    assert -(-1500 // size) > 20
-    assert plan.num_units <= plan.num_splits + len(lens)
+    # A program's run ends long before the sequence does.
+    run = max(sum(kv_len for _, kv_len in lens) / plan.num_splits, FINE.min_split)
+    assert plan.num_splits > 20 and 3 * run < 1500
     assert case.problems(answer(by_length, case)[1]) == []
 
 
@@ -198,11 +224,12 @@ def test_options_follow_the_number_of_sequences_and_no_length() -> None:
     assert (many.block_n, many.num_warps) == (32, 1)
     small = replace(shape, num_q_heads=9, num_kv_heads=3, head_dim=64)
     few, many = (decode_options(small, num_seqs) for num_seqs in (1, 256))
-    assert ((few.num_stages, few.min_split), (many.num_stages, many.min_split)) == ((4, 128), (5, 128))
+    assert ((few.block_n, few.min_split), (many.block_n, many.min_split)) == ((64, 128), (32, 128))
     full = replace(shape, dtype=torch.float32)
     assert decode_options(full, 8) == decode_options(full, 640)
     drafts = decode_options(shape, 64, max_q_len=16)
     assert drafts.num_warps == 4  # a warp multiplies 16 rows
+    assert drafts.balanced_per_sm == decode_options(shape, 64).balanced_per_sm // 4  # as many fit beside one another
 
 
 @needs_compiler

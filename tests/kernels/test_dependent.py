@@ -160,7 +160,7 @@ def test_a_graph_of_dependent_launches_answers_as_one_without_to_the_bit(
         pytest.skip("a GPU from Hopper on is needed")
     torch.manual_seed(num_seqs)
     longest = PAGES // num_seqs * PAGE_SIZE
-    shares = share_by_length(num_seqs, 40, 32, longest) if balanced else share_evenly(num_seqs, 4, 32)
+    shares = share_by_length(num_seqs, 40, 32, longest) if balanced else share_evenly(4, 32)
     chain, step = Chain(num_seqs, shares), make_step(num_seqs)
     run = chain.fused if way == "fused" else chain.apart
     start = [pages.clone() for layer in chain.layers for pages in (layer.k_pages, layer.v_pages)]

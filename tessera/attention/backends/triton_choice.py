@@ -39,7 +39,10 @@ class Choice:
         options = self.many if num_seqs >= many_from(shape, sms) else self.few
         # A warp multiplies 16 rows at a time; those of more than one query are more.
         rows = 16 if shape.dtype == torch.float32 else min(64, max_q_len * shape.group)
-        return replace(options, num_warps=max(options.num_warps, 1 << (-(-rows // 16) - 1).bit_length()))
+        num_warps = max(options.num_warps, 1 << (-(-rows // 16) - 1).bit_length())
+        fewer = num_warps // options.num_warps  # programs of more warps fit beside one another
+        balanced = max(1, options.balanced_per_sm // fewer) if options.balanced_per_sm else 0
+        return replace(options, num_warps=num_warps, balanced_per_sm=balanced)
 
     @property
     def most_parts(self) -> int:

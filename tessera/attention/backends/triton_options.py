@@ -40,7 +40,8 @@ class Options:
     min_split: int = 0
     """DECODE: fewest tokens a split, unless multiprocessors would idle."""
     balanced_per_sm: int = 0
-    """DECODE: programs to aim for where lengths decide how often a sequence is split; 0: all are split alike."""
+    """DECODE: programs on a multiprocessor where lengths decide how sequences are split, 0: all are split alike. Each
+    has an equal share, so those that find no room beside the others double the time that all take."""
 
     def __post_init__(self) -> None:
         tiles = [self.block_n, *([self.block_m] if self.block_m else [])]

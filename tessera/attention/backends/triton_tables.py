@@ -26,11 +26,11 @@ _H200 = Tables(
             (256, Options(64, 32, 4, 3)),
         ),
         Phase.DECODE: (
-            (64, Options(0, 64, 2, 4, programs_per_sm=8, min_split=128, balanced_per_sm=8)),
+            (64, Options(0, 64, 2, 4, programs_per_sm=8, min_split=128, balanced_per_sm=5)),
             # With so many stages no third program fits beside two: one of the next launch would stand there early,
             # and the rest of that launch unevenly.
             (128, Options(0, 64, 2, 7, programs_per_sm=2, min_split=256, balanced_per_sm=2)),
-            (256, Options(0, 32, 4, 5, programs_per_sm=2, min_split=256, balanced_per_sm=4)),
+            (256, Options(0, 32, 4, 5, programs_per_sm=2, min_split=256, balanced_per_sm=2)),
         ),
         Phase.VISION: (
             (64, Options(128, 64, 8, 3)),
@@ -41,13 +41,13 @@ _H200 = Tables(
         ),
     },
     many=(
-        (64, Options(0, 64, 2, 5, programs_per_sm=6, min_split=128, balanced_per_sm=6)),
+        (64, Options(0, 32, 1, 4, programs_per_sm=12, min_split=128, balanced_per_sm=12)),
         (128, Options(0, 32, 1, 4, programs_per_sm=4, min_split=256, balanced_per_sm=8)),
-        (256, Options(0, 32, 4, 5, programs_per_sm=2, min_split=256, balanced_per_sm=4)),
+        (256, Options(0, 32, 4, 5, programs_per_sm=2, min_split=256, balanced_per_sm=2)),
     ),
     full={
         Phase.PREFILL: _FULL_ROWS,
-        Phase.DECODE: ((256, Options(0, 32, 8, 3, programs_per_sm=2, min_split=256, balanced_per_sm=4)),),
+        Phase.DECODE: ((256, Options(0, 32, 8, 3, programs_per_sm=2, min_split=256, balanced_per_sm=2)),),
         Phase.VISION: _FULL_ROWS,
     },
 )
