@@ -83,10 +83,6 @@ class CacheConfig:
     """Keep the pages of finished sequences and reuse them for prompts that begin alike."""
 
 
-SMALL_WEIGHT_BYTES = 4_000_000_000
-"""Weights of fewer bytes are of a small model, see `SchedulerConfig.resolve_budget`."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
     """How much one step computes."""
@@ -100,17 +96,6 @@ class SchedulerConfig:
     overlap: bool | None = None
     """Prepare each step while the device computes the one before; tokens are reported one step late. Left out: on a
     GPU only, for a CPU has nothing to prepare with while it computes."""
-
-    def resolve_budget(self, device: str, num_weight_bytes: int) -> int:
-        """The token budget on a device type, where none was given, for a model of so many bytes.
-
-        A GPU is through with 8192 tokens of a small model before the host has launched the step.
-        """
-        if self.max_num_batched_tokens is not None:
-            return self.max_num_batched_tokens
-        if device != "cuda":
-            return 1024
-        return 16384 if num_weight_bytes < SMALL_WEIGHT_BYTES else 8192
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,15 +6,7 @@ from typing import Any
 
 import pytest
 
-from tessera.config import (
-    RANGES,
-    EngineConfig,
-    SchedulerConfig,
-    ServerConfig,
-    check_section,
-    section_types,
-    settings_of,
-)
+from tessera.config import RANGES, EngineConfig, ServerConfig, check_section, section_types, settings_of
 from tessera.environment import check_environment
 from tessera.errors import ConfigError
 
@@ -59,16 +51,6 @@ def test_an_unknown_environment_name_is_refused_with_the_nearest_known() -> None
     with pytest.raises(ConfigError, match="TESSERA_APIKEY has no effect") as caught:
         check_environment({"TESSERA_APIKEY": "k"})
     assert caught.value.hint == "did you mean TESSERA_API_KEY?"
-
-
-@pytest.mark.parametrize(
-    ("device", "gigabytes", "budget"), [("cpu", 1, 1024), ("cpu", 16, 1024), ("cuda", 1, 16384), ("cuda", 16, 8192)]
-)
-def test_the_token_budget_follows_device_and_weights_where_none_is_given(
-    device: str, gigabytes: int, budget: int
-) -> None:
-    assert SchedulerConfig().resolve_budget(device, gigabytes * 10**9) == budget
-    assert SchedulerConfig(max_num_batched_tokens=77).resolve_budget(device, gigabytes * 10**9) == 77
 
 
 def test_resolving_leaves_nothing_open_and_the_original_as_it_was() -> None:

@@ -159,7 +159,7 @@ class _Trials:
         self._alike = ALIKE[shape.device_type]
         self.sizes = sizes_of(phase, wanted.part, shape, wanted.max_len)
         self._inputs = [make_inputs(phase, shape, size) for size in self.sizes]
-        self._steps: dict[Options, Mapping[str, int]] = {}
+        self._steps: dict[Options, Mapping[str, Any]] = {}
         backend = bind(phase, shape, Choice(table, table, "the table"))
         if problem := problem_with(backend, table):
             raise BackendError(

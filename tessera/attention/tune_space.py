@@ -30,7 +30,7 @@ _DECODE = {"cuda": ((1, 16384), (8, 4096)), "cpu": ((1, 48),)}
 _DECODE_MANY = {"cuda": (64, 2048), "cpu": (1, 16)}
 """At least so many sequences, of so many tokens."""
 
-Step = Mapping[str, int]
+Step = Mapping[str, Any]
 """Fields of options that a candidate changes, and what to."""
 
 

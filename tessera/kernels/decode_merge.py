@@ -62,7 +62,7 @@ def out_rows(row: tl.tensor, heads: tl.tensor, GROUP: tl.constexpr, HEAD_DIM: tl
 def part_number(first_part: tl.tensor, part: tl.tensor, RUNS: tl.constexpr) -> tl.tensor:
     """Where a sequence's parts lie: one behind the other, or where RUNS every second, but for the first.
 
-    A program of `decode_shares.own_run` has room for two, for it may end in another sequence than it began in.
+    A program of `decode_runs` has room for two, for it may end in another sequence than it began in.
     """
     return first_part + 2 * part + (part == 0).to(tl.int32) if RUNS else first_part + part
 
@@ -100,65 +100,33 @@ def _merge_parts(
 
 
 @triton.jit
-def write_part(
-    values: tl.tensor, lse: tl.tensor, number: tl.tensor, is_whole: tl.tensor, out: tl.tensor, heads: tl.tensor,
-    num_rows: tl.tensor, first_row: tl.tensor, part_out: tl.tensor, part_lse: tl.tensor,
-    GROUP: tl.constexpr, PART_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, ROWS: tl.constexpr,
+def finish_part(
+    values: tl.tensor, lse: tl.tensor, part: tl.tensor, first_part: tl.tensor, num_parts: tl.tensor,
+    arrived: tl.tensor, out: tl.tensor, heads: tl.tensor, num_rows: tl.tensor, first_row: tl.tensor,
+    part_out: tl.tensor, part_lse: tl.tensor,
+    GROUP: tl.constexpr, PART_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
+    ROWS: tl.constexpr, MERGE_ROWS: tl.constexpr, PARTS: tl.constexpr, RUNS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Write part `number` down, or where it is the whole, the answer.
+    """Write one part down, and merge them all if the others have been written; one alone is the answer.
 
-    values  [ROWS, HEAD_PAD], divided; lse [ROWS]; of both num_rows are real
-    out     at the sequence's first query and this key head, whose rows from first_row on these are
+    values     [ROWS, HEAD_PAD], divided; lse [ROWS]; of both num_rows are real
+    part       which of the sequence's parts these are; where they lie says `part_number`
+    arrived    the counter that this sequence's programs share
+    out        at the sequence's first query and this key head, whose rows from first_row on these are
     """
     row = tl.arange(0, ROWS)
-    if is_whole:
+    if num_parts <= 1:
         rows = out_rows(first_row + row, heads, GROUP, HEAD_DIM)
         store_part(out, values, rows, row < num_rows, 0, HEAD_PAD, HEAD_DIM)
     else:
+        number = part_number(first_part, part, RUNS)
         written = part_out + number * (PART_ROWS * HEAD_DIM)
         store_part(written, values, row * HEAD_DIM, row < num_rows, 0, HEAD_PAD, HEAD_DIM)
         tl.store(part_lse + number * PART_ROWS + row, lse, mask=row < num_rows)
-
-
-@triton.jit
-def merge_if_last(
-    first_part: tl.tensor, num_parts: tl.tensor, arrived: tl.tensor, out: tl.tensor, heads: tl.tensor,
-    num_rows: tl.tensor, first_row: tl.tensor, part_out: tl.tensor, part_lse: tl.tensor,
-    GROUP: tl.constexpr, PART_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
-    MERGE_ROWS: tl.constexpr, PARTS: tl.constexpr, RUNS: tl.constexpr,
-) -> None:  # fmt: skip
-    """Count this program as arrived, all of whose threads have written its part; merge them all if it is the last.
-
-    arrived    the counter that the sequence's programs share
-    """
-    if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
-        tl.store(arrived, 0)
-        _merge_parts(
-            out, heads, num_rows, first_row, part_out, part_lse, first_part, num_parts,
-            GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, MERGE_ROWS, PARTS, RUNS,
-        )  # fmt: skip
-
-
-@triton.jit
-def finish_part(
-    values: tl.tensor, lse: tl.tensor, part: tl.tensor, first_part: tl.tensor, num_parts: tl.tensor,
-    arrivals: tl.tensor, out: tl.tensor, heads: tl.tensor, num_rows: tl.tensor, first_row: tl.tensor,
-    part_out: tl.tensor, part_lse: tl.tensor,
-    GROUP: tl.constexpr, PART_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
-    ROWS: tl.constexpr, MERGE_ROWS: tl.constexpr, PARTS: tl.constexpr,
-) -> None:  # fmt: skip
-    """Write one part of parts that lie one behind the other, and merge them if the others have been written.
-
-    values, out  as in `write_part`
-    arrivals     counters, of which this sequence's programs share that of its first part
-    """
-    write_part(
-        values, lse, first_part + part, num_parts <= 1, out, heads, num_rows, first_row, part_out, part_lse,
-        GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, ROWS,
-    )  # fmt: skip
-    if num_parts > 1:
         tl.debug_barrier()  # every thread's share is written before this program says that it arrived
-        merge_if_last(
-            first_part, num_parts, arrivals + first_part, out, heads, num_rows, first_row, part_out, part_lse,
-            GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, MERGE_ROWS, PARTS, False,
-        )  # fmt: skip
+        if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+            tl.store(arrived, 0)
+            _merge_parts(
+                out, heads, num_rows, first_row, part_out, part_lse, first_part, num_parts,
+                GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, MERGE_ROWS, PARTS, RUNS,
+            )  # fmt: skip

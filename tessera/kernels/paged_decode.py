@@ -7,7 +7,7 @@ on no length, so a CUDA graph may replay it with any. Whichever program of a seq
 (`decode_merge`). Scores are in units of log2.
 """
 
-# ruff: noqa: N803, N806 -- what Triton compiles in is written in capitals
+# ruff: noqa: N803 -- what Triton compiles in is written in capitals
 # mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator"
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tessera.kernels.decode_attend import attend_span, begin_rows, prefetch_tokens, read_old
-from tessera.kernels.decode_merge import Workspace, finish_part, merge_if_last, part_number, write_part
-from tessera.kernels.decode_shares import Shares, lengths_block, new_tokens, num_blocks, own_run, own_split, owners
+from tessera.kernels.decode_attend import attend_span, begin_rows, read_old
+from tessera.kernels.decode_merge import Workspace, finish_part
+from tessera.kernels.decode_runs import paged_decode_kernel_of_runs
+from tessera.kernels.decode_shares import Shares, lengths_block, own_span
 from tessera.kernels.dependent import launch_constants, let_next_start, pdl_on, wait_for_launch
 from tessera.kernels.launch import Launch, Launcher
 from tessera.kernels.packed import UNALIGNED
@@ -45,138 +46,47 @@ def paged_decode_kernel(
     PARTS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Some tokens of one tile of rows of one key head; shapes as `paged_decode`. Grid (kv heads * ROW_TILES, splits,
-    seqs), a split of one sequence each, or where lengths decide (SEQS > 0) (kv heads * ROW_TILES, splits), an equal run
-    of blocks each, whichever sequences they are of.
+    """One split of one tile of rows of one key head of one sequence; shapes as `paged_decode`. Grid (kv heads *
+    ROW_TILES, splits, seqs), or where lengths decide (SEQS > 0) (kv heads * ROW_TILES, units).
     """
     let_next_start(PDL)
     column = tl.program_id(0)
     kv_head, first_row = column // ROW_TILES, (column % ROW_TILES) * PART_ROWS
+    seq, split, begin, q_len, kv_len, oldest, start, size, first_part = own_span(
+        cu_q_lens, kv_lens, num_seqs, num_splits, min_split, QUERIES, WINDOW, SEQS, BLOCK_N
+    )
+    table_row, end = page_table + seq * table_stride, tl.minimum(start + size, kv_len)
     k_head, v_head = k + kv_head * K_HEAD_STRIDE, v + kv_head * V_HEAD_STRIDE
-    heads = tl.num_programs(0) // ROW_TILES
-    head_out, first_part = out + kv_head * (GROUP * HEAD_DIM), column.to(tl.int64) * capacity
-    if SEQS > 0:
-        LONGEST: tl.constexpr = WINDOW + QUERIES - 1 if WINDOW > 0 else 0
-        unit = tl.program_id(1)
-        block, end_block, seq, last, seq_block, each, more = own_run(
-            kv_lens, num_seqs, unit, num_splits, min_split, LONGEST, SEQS, BLOCK_N
-        )
-        kv_len = tl.load(kv_lens + seq)
-        begin, q_len, oldest = new_tokens(cu_q_lens, kv_len, seq, QUERIES, WINDOW)
-        start = oldest + (block - seq_block) * BLOCK_N
-        if PDL:
-            prefetch_tokens(
-                k_head, v_head, page_table + seq.to(tl.int64) * table_stride, start, kv_len, k_stride, v_stride,
-                HEAD_DIM, PAGE_SIZE, BLOCK_N,
-            )  # fmt: skip
-        wait_for_launch(PDL)
-        first_owner, first_parts = owners(seq_block, kv_len - oldest, each, more, BLOCK_N)
-        first_begin, first_rows = begin, q_len * GROUP - first_row
-        # Another's sequence where it begins, that goes on or ends here, or one's own that another goes on with.
-        has_first_part = (block < end_block) & (first_rows > 0) & (first_parts > 1)
-        has_first_part = has_first_part & ((start < kv_len) | (unit == first_owner))
-        num_items = last - seq + 1
-        for _ in range(num_items):
-            next_seq = tl.minimum(seq + 1, last)
-            next_len = tl.load(kv_lens + next_seq)
-            next_begin, next_q_len, next_oldest = new_tokens(cu_q_lens, next_len, next_seq, QUERIES, WINDOW)
-            next_block = seq_block + num_blocks(kv_len, LONGEST, BLOCK_N)
-            stop_block, num_rows = tl.minimum(end_block, next_block), q_len * GROUP - first_row
-            first_of_seq, num_parts = owners(seq_block, kv_len - oldest, each, more, BLOCK_N)
-            part = unit - first_of_seq
-            if (block < stop_block) & ((start < kv_len) | (part == 0)) & (num_rows > 0):
-                end = tl.minimum(oldest + (stop_block - seq_block) * BLOCK_N, kv_len)
-                acc, lse = _attend_rows(
-                    q + begin * q_stride, k_head, v_head, start, start, page_table + seq.to(tl.int64) * table_stride,
-                    sinks, start, end, kv_len - q_len, kv_head, first_row, tl.minimum(num_rows, PART_ROWS), part == 0,
-                    scale_log2, cap_log2, q_stride, k_stride, v_stride, Q_HEAD_STRIDE, GROUP, HEAD_DIM, HEAD_PAD,
-                    PAGE_SIZE, CAUSAL, WINDOW, SOFT_CAP, SINKS, QUERIES, ROWS, BLOCK_N, PRECISION, NUM_STAGES, False,
-                )  # fmt: skip
-                write_part(
-                    acc, lse, part_number(first_part + 2 * first_of_seq, part, True), num_parts <= 1,
-                    head_out + begin * heads * (GROUP * HEAD_DIM), heads, tl.minimum(num_rows, PART_ROWS), first_row,
-                    part_out, part_lse, GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, ROWS,
-                )  # fmt: skip
-            seq, seq_block, block = seq + 1, next_block, stop_block
-            begin, q_len, kv_len, oldest, start = next_begin, next_q_len, next_len, next_oldest, next_oldest
-        # Nobody waits for a part while there is something else to do: its program arrives when it is through.
-        last_owner, last_parts = owners(
-            seq_block - num_blocks(kv_len, LONGEST, BLOCK_N), kv_len - oldest, each, more, BLOCK_N
-        )
-        last_rows = q_len * GROUP - first_row
-        has_last_part = (num_items > 1) & (last_rows > 0) & (last_parts > 1)
-        if has_first_part | has_last_part:
-            tl.debug_barrier()  # every thread's share is written before this program says that it arrived
-        if has_first_part:
-            merge_if_last(
-                first_part + 2 * first_owner, first_parts, arrivals + first_part + 2 * first_owner,
-                head_out + first_begin * heads * (GROUP * HEAD_DIM), heads, tl.minimum(first_rows, PART_ROWS),
-                first_row, part_out, part_lse,
-                GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, MERGE_ROWS, PARTS, True,
-            )  # fmt: skip
-        if has_last_part:
-            merge_if_last(
-                first_part + 2 * last_owner, last_parts, arrivals + first_part + 2 * last_owner,
-                head_out + begin * heads * (GROUP * HEAD_DIM), heads, tl.minimum(last_rows, PART_ROWS),
-                first_row, part_out, part_lse,
-                GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, MERGE_ROWS, PARTS, True,
-            )  # fmt: skip
-    else:
-        seq, part, begin, q_len, kv_len, oldest, start, size, number = own_split(
-            cu_q_lens, kv_lens, num_splits, min_split, QUERIES, WINDOW, BLOCK_N
-        )
-        table_row, end = page_table + seq * table_stride, tl.minimum(start + size, kv_len)
-        keys, values = read_old(
-            k_head, v_head, table_row, start, end, kv_len - q_len, k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE,
-            BLOCK_N, PDL, EARLY,
-        )  # fmt: skip
-        wait_for_launch(PDL)
-        if ((start >= kv_len) & (part > 0)) | (first_row >= q_len * GROUP):
-            return
-        num_rows = tl.minimum(q_len * GROUP - first_row, PART_ROWS)
-        acc, lse = _attend_rows(
-            q + begin * q_stride, k_head, v_head, keys, values, table_row, sinks,
-            start, end, kv_len - q_len, kv_head, first_row, num_rows, part == 0,
-            scale_log2, cap_log2, q_stride, k_stride, v_stride, Q_HEAD_STRIDE, GROUP, HEAD_DIM, HEAD_PAD,
-            PAGE_SIZE, CAUSAL, WINDOW, SOFT_CAP, SINKS, QUERIES, ROWS, BLOCK_N, PRECISION, NUM_STAGES, EARLY,
-        )  # fmt: skip
-        finish_part(
-            acc, lse, part, first_part + number, tl.cdiv(kv_len - oldest, size), arrivals,
-            head_out + begin * heads * (GROUP * HEAD_DIM), heads, num_rows, first_row, part_out, part_lse,
-            GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, ROWS, MERGE_ROWS, PARTS,
-        )  # fmt: skip
-
-
-@triton.jit
-def _attend_rows(
-    q: tl.tensor, k: tl.tensor, v: tl.tensor, keys: tl.tensor, values: tl.tensor, table_row: tl.tensor,
-    sinks: tl.tensor, start: tl.tensor, end: tl.tensor, first_new: tl.tensor, kv_head: tl.tensor, first_row: tl.tensor,
-    num_rows: tl.tensor, is_first: tl.tensor, scale_log2: tl.tensor, cap_log2: tl.tensor, q_stride: tl.tensor,
-    k_stride: tl.tensor, v_stride: tl.tensor, Q_HEAD_STRIDE: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
-    SINKS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    NUM_STAGES: tl.constexpr, EARLY: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """A tile of rows of the sequence at q over tokens start .. end of it: answers [ROWS, HEAD_PAD], log2 of their sums.
-
-    keys, values  as `read_old` returned them
-    first_new     position of the first query
-    is_first      whether these are the sequence's first tokens, where sinks are counted
-    """
+    keys, values = read_old(
+        k_head, v_head, table_row, start, end, kv_len - q_len, k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE,
+        BLOCK_N, PDL, EARLY,
+    )  # fmt: skip
+    wait_for_launch(PDL)
+    if ((start >= kv_len) & (split > 0)) | (first_row >= q_len * GROUP):
+        return
+    num_rows = tl.minimum(q_len * GROUP - first_row, PART_ROWS)
     query, q_tile, peak, total = begin_rows(
-        q, sinks, kv_head, first_row, num_rows, is_first, q_stride, Q_HEAD_STRIDE, GROUP, HEAD_DIM, HEAD_PAD, ROWS,
-        SINKS,
+        q + begin * q_stride, sinks, kv_head, first_row, num_rows, split == 0, q_stride, Q_HEAD_STRIDE, GROUP,
+        HEAD_DIM, HEAD_PAD, ROWS, SINKS,
     )  # fmt: skip
     acc, peak, total = attend_span(
-        q_tile, k, v, keys, values, table_row, start, end, first_new, query, peak, total, scale_log2, cap_log2,
-        k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE, QUERIES > 1, CAUSAL, WINDOW, SOFT_CAP, ROWS, BLOCK_N,
-        PRECISION, NUM_STAGES, EARLY,
+        q_tile, k_head, v_head, keys, values, table_row, start, end, kv_len - q_len, query, peak, total,
+        scale_log2, cap_log2, k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE, QUERIES > 1, CAUSAL, WINDOW, SOFT_CAP,
+        ROWS, BLOCK_N, PRECISION, NUM_STAGES, EARLY,
     )  # fmt: skip
     divisor = tl.where(total > 0.0, total, 1.0)
-    return acc / divisor[:, None], peak + tl.log2(divisor)
+    heads = tl.num_programs(0) // ROW_TILES
+    target = out + (begin * heads + kv_head) * (GROUP * HEAD_DIM)
+    first_part = column.to(tl.int64) * capacity + first_part
+    finish_part(
+        acc / divisor[:, None], peak + tl.log2(divisor), split, first_part, tl.cdiv(kv_len - oldest, size),
+        arrivals + first_part, target, heads, num_rows, first_row, part_out, part_lse,
+        GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, ROWS, MERGE_ROWS, PARTS, False,
+    )  # fmt: skip
 
 
-_launch_paged_decode = Launcher(paged_decode_kernel)
+_launchers = {False: Launcher(paged_decode_kernel), True: Launcher(paged_decode_kernel_of_runs)}
+"""By whether programs have equal runs of blocks."""
 
 
 class Queries(NamedTuple):
@@ -207,6 +117,7 @@ class _Kind(NamedTuple):
     lengths_block: int
     causal: bool
     one_block: bool
+    runs: bool
     pdl: bool
 
 
@@ -244,11 +155,13 @@ def paged_decode(
     queries = Queries.of(q, k.shape[2])
     block = lengths_block(num_seqs) if shares.balanced else 0
     with_pdl = pdl_on(q.device) if pdl is None else pdl
-    pages = (k.stride(2), v.stride(2), page_size)
-    kind = _Kind(queries, pages, scores, sinks is not None, shares.max_q_len, block, causal, shares.one_block, with_pdl)
+    pages, of = (k.stride(2), v.stride(2), page_size), shares
+    kind = _Kind(
+        queries, pages, scores, sinks is not None, of.max_q_len, block, causal, of.one_block, of.runs, with_pdl
+    )
     launch, columns = _compiled(kind, tuple(options.items()))
     launch(
-        (columns, shares.num_splits) if shares.balanced else (columns, shares.num_splits, num_seqs),
+        (columns, shares.num_units) if shares.balanced else (columns, shares.num_splits, num_seqs),
         q, k, v, page_table, cu_q_lens, kv_lens, kv_lens if sinks is None else sinks, out,
         workspace.part_out, workspace.part_lse, workspace.arrivals,
         *scores.log2, q.stride(0), k.stride(1), v.stride(1), page_table.stride(0),
@@ -262,10 +175,10 @@ def _compiled(kind: _Kind, options: tuple[tuple[str, int], ...]) -> tuple[Launch
     """The launch, and the columns of its grid: key heads times tiles of the rows of each."""
     k_head, v_head, page_size = kind.pages
     compiled = constants(kind.queries, kind.sinks, kind.scores, kind.max_q_len, dict(options))
-    launch = _launch_paged_decode.fixed(
+    own = {} if kind.runs else {"EARLY": kind.one_block}
+    launch = _launchers[kind.runs].fixed(
         K_HEAD_STRIDE=k_head, V_HEAD_STRIDE=v_head, PAGE_SIZE=page_size, CAUSAL=kind.causal, SEQS=kind.lengths_block,
-        EARLY=kind.one_block,
-        **compiled, **launch_constants(kind.pdl),
+        **own, **compiled, **launch_constants(kind.pdl),
     )  # fmt: skip
     return launch, kind.queries.kv_heads * compiled["ROW_TILES"]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tessera.kernels.decode_attend import attend_tokens
 from tessera.kernels.decode_merge import Workspace, out_rows
-from tessera.kernels.decode_shares import Shares, own_split
+from tessera.kernels.decode_shares import Shares, own_span
 from tessera.kernels.dependent import launch_constants, pdl_on, wait_for_launch
 from tessera.kernels.launch import Launcher
 from tessera.kernels.packed import UNALIGNED, load_part, log2_soft_cap, store_part
@@ -151,14 +151,14 @@ def _finish_sums(
 
 
 @triton.jit(
-    do_not_specialize=["table_stride", "num_splits", "min_split", "capacity"],
+    do_not_specialize=["table_stride", "num_seqs", "num_splits", "min_split", "capacity"],
     do_not_specialize_on_alignment=UNALIGNED,
 )
 def unified_decode_kernel(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, page_table: tl.tensor, kv_lens: tl.tensor, sinks: tl.tensor,
     out: tl.tensor, part_out: tl.tensor, part_total: tl.tensor, part_peak: tl.tensor, arrivals: tl.tensor,
     recomputed: tl.tensor, phi_log2: tl.tensor, scale_log2: tl.tensor, cap_log2: tl.tensor, q_stride: tl.tensor,
-    k_stride: tl.tensor, v_stride: tl.tensor, table_stride: tl.tensor, num_splits: tl.tensor,
+    k_stride: tl.tensor, v_stride: tl.tensor, table_stride: tl.tensor, num_seqs: tl.tensor, num_splits: tl.tensor,
     min_split: tl.tensor, capacity: tl.tensor, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
     Q_HEAD_STRIDE: tl.constexpr, K_HEAD_STRIDE: tl.constexpr, V_HEAD_STRIDE: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr,
@@ -170,8 +170,8 @@ def unified_decode_kernel(
     wait_for_launch(PDL)
     column = tl.program_id(0)
     kv_head, first_row = column // ROW_TILES, (column % ROW_TILES) * PART_ROWS
-    seq, split, _, _, kv_len, oldest, start, size, first_part = own_split(
-        kv_lens, kv_lens, num_splits, min_split, 1, WINDOW, BLOCK_N
+    seq, split, _, _, kv_len, oldest, start, size, first_part = own_span(
+        kv_lens, kv_lens, num_seqs, num_splits, min_split, 1, WINDOW, 0, BLOCK_N
     )
     if (start >= kv_len) & (split > 0):
         return
@@ -240,7 +240,7 @@ def unified_decode(
         q, k, v, page_table, kv_lens, kv_lens if sinks is None else sinks, out,
         workspace.part_out, workspace.part_lse, workspace.part_peak, workspace.arrivals, workspace.recomputed,
         unified.phi * LOG2_E, *scores.log2, q.stride(0), k.stride(1), v.stride(1), page_table.stride(0),
-        shares.num_splits, shares.min_split, shares.capacity(len(kv_lens)),
+        len(kv_lens), shares.num_splits, shares.min_split, shares.capacity(len(kv_lens)),
         LOWEST=unified.lowest, HIGHEST=unified.highest,
         K_HEAD_STRIDE=k.stride(2), V_HEAD_STRIDE=v.stride(2), PAGE_SIZE=k.shape[1], **compiled,
         **launch_constants(pdl_on(q.device)),

@@ -20,7 +20,8 @@ from tessera.attention.backends.triton_decode import Decode, DecodePlan, TritonF
 from tessera.attention.backends.triton_options import Options, device_resources
 from tessera.attention.contract import Phase, Shape
 from tessera.attention.workloads import Case, Workload, make_batch, make_case
-from tessera.kernels.decode_shares import lengths_block, own_run, owner, share_by_length
+from tessera.kernels.decode_runs import own_run, owner, paged_decode_kernel_of_runs
+from tessera.kernels.decode_shares import find_share, lengths_block, share_by_length, share_in_runs
 from tessera.kernels.paged_decode import Queries, constants, paged_decode_kernel
 from tessera.kernels.scores import Scores
 from triton_interpreter import (
@@ -37,6 +38,10 @@ from triton_interpreter import (
 
 FINE = Options(0, 32, 4, 2, programs_per_sm=2, min_split=64, balanced_per_sm=4)
 """Cuts short sequences too, so that tests are quick."""
+RUNS = replace(FINE, balanced_per_sm=9, runs=True)
+"""More programs than any test has sequences."""
+WAYS = {"evenly": (False, FINE), "by length": (True, FINE), "in runs": (True, RUNS)}
+in_every_way = pytest.mark.parametrize(("balanced", "options"), WAYS.values(), ids=WAYS)
 UNLIKE = Workload(((1, 500), (1, 5), (1, 65), (1, 0), (1, 220), (1, 1)))
 
 
@@ -54,6 +59,43 @@ def answer(decode: Decode, case: Case) -> tuple[DecodePlan, torch.Tensor]:
 @outside_interpreter
 def test_in_the_interpreter() -> None:
     check_in_interpreter(__file__)
+
+
+@triton.jit
+def find_shares(
+    kv_lens: tl.tensor, found: tl.tensor, num_seqs: tl.tensor, num_splits: tl.tensor, min_split: tl.tensor,
+    LONGEST: tl.constexpr, SEQS: tl.constexpr,  # noqa: N803
+) -> None:  # fmt: skip
+    unit = tl.program_id(0)
+    seq, split, splits, part = find_share(kv_lens, num_seqs, unit, num_splits, min_split, LONGEST, SEQS, 16)
+    tl.store(found + unit * 4, seq)
+    tl.store(found + unit * 4 + 1, split)
+    tl.store(found + unit * 4 + 2, splits)
+    tl.store(found + unit * 4 + 3, part)
+
+
+@needs_kernels
+def test_every_token_has_one_program_and_every_part_a_place_of_its_own() -> None:
+    draw = random.Random(0)
+    for longest in (0, 100):
+        for num_seqs in (2, 17, 70):
+            lens = [draw.choice((0, 1, 16, 17, draw.randint(1, 3000))) for _ in range(num_seqs)]
+            aim, min_split = draw.randint(1, 40), draw.choice((16, 128))
+            shares = share_by_length(num_seqs, aim, min_split, longest or max(lens))
+            aim = shares.num_splits
+            found = torch.zeros(shares.num_units, 4, dtype=torch.int32, device=DEVICE)
+            kv_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
+            find_shares[(shares.num_units,)](kv_lens, found, num_seqs, aim, min_split, longest, lengths_block(num_seqs))
+            rows = [tuple(row) for row in found.tolist()]
+            real = [row for row in rows if row[1] < row[2]]
+            splits = {seq: count for seq, _, count, _ in real}
+            assert [row[:2] for row in real] == [(s, i) for s in range(num_seqs) for i in range(splits[s])]
+            parts = [part + split for _, split, count, part in real if count > 1]
+            assert parts == list(range(len(parts)))
+            assert len(parts) <= shares.capacity(num_seqs)
+            seen = [min(kv_len, longest or kv_len) for kv_len in lens]
+            size = max(-(-sum(seen) // aim) + 16, min_split)  # in whole tiles
+            assert all(-(-seen[seq] // count) <= size for seq, count in splits.items())
 
 
 @triton.jit
@@ -81,7 +123,7 @@ def test_every_block_has_one_program_and_all_programs_have_as_many() -> None:
         for num_seqs in (2, 17, 70):
             lens = [draw.choice((0, 1, 16, 17, draw.randint(1, 3000))) for _ in range(num_seqs)]
             aim, min_split = draw.randint(1, 40), draw.choice((16, 128))
-            shares = share_by_length(num_seqs, aim, min_split, longest or max(lens))
+            shares = share_in_runs(num_seqs, aim, min_split, longest or max(lens))
             found = torch.zeros(shares.num_splits, 6, dtype=torch.int32, device=DEVICE)
             kv_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
             find_runs[(shares.num_splits,)](kv_lens, found, num_seqs, min_split, longest, lengths_block(num_seqs))
@@ -102,11 +144,13 @@ def test_every_block_has_one_program_and_all_programs_have_as_many() -> None:
 @needs_kernels
 @every_dtype
 @pytest.mark.parametrize("window", [None, 300])
-@pytest.mark.parametrize("balanced", [True, False])
-def test_unlike_lengths_equal_the_oracle_however_split(dtype: torch.dtype, window: int | None, balanced: bool) -> None:
+@in_every_way
+def test_unlike_lengths_equal_the_oracle_however_split(
+    dtype: torch.dtype, window: int | None, balanced: bool, options: Options
+) -> None:
     case = make_case(Phase.DECODE, replace(UNLIKE, window=window, sinks=True), make_shape(dtype))
-    plan, out = answer(Decode(case.shape, balanced=balanced, options=FINE), case)
-    assert plan.shares.balanced is balanced
+    plan, out = answer(Decode(case.shape, balanced=balanced, options=options), case)
+    assert (plan.shares.balanced, plan.shares.runs) == (balanced, options.runs)
     assert case.problems(out) == []
     assert not out[3].any()
 
@@ -124,9 +168,9 @@ def test_unlike_lengths_equal_the_oracle_however_split(dtype: torch.dtype, windo
 )
 def test_wherever_runs_begin_and_end_every_sequence_is_merged_once(lens: tuple[int, ...]) -> None:
     case = make_case(Phase.DECODE, Workload(tuple((1, kv_len) for kv_len in lens)), make_shape())
-    decode = Decode(case.shape, options=FINE)
+    decode = Decode(case.shape, options=RUNS)
     plan, out = answer(decode, case)
-    assert plan.shares.balanced and plan.shares.num_splits > 8
+    assert plan.shares.runs and plan.shares.num_splits > 8
     assert case.problems(out) == []
     assert not decode.workspace.arrivals.any()
 
@@ -141,15 +185,15 @@ def test_a_long_sequence_has_the_programs_that_short_ones_leave() -> None:
     by_length, evenly = (Decode(case.shape, balanced=of, options=FINE) for of in (True, False))
     even, plan = evenly.plan(case.batch).shares, by_length.plan(case.batch).shares
     assert even.num_splits == 1
-    # A program's run ends long before the sequence does.
-    run = max(sum(kv_len for _, kv_len in lens) / plan.num_splits, FINE.min_split)
-    assert plan.num_splits > 20 and 3 * run < 1500
+    size = max(-(-sum(kv_len for _, kv_len in lens) // plan.num_splits), FINE.min_split)
+    assert -(-1500 // size) > 20
+    assert plan.num_units <= plan.num_splits + len(lens)
     assert case.problems(answer(by_length, case)[1]) == []
 
 
 @needs_kernels
-@pytest.mark.parametrize("balanced", [True, False])
-def test_garbage_in_the_workspace_and_in_unused_slots_reaches_no_answer(balanced: bool) -> None:
+@in_every_way
+def test_garbage_in_the_workspace_and_in_unused_slots_reaches_no_answer(balanced: bool, options: Options) -> None:
     case = make_case(Phase.DECODE, UNLIKE, make_shape())
     live = torch.zeros(case.k.shape[:2], dtype=torch.bool, device=DEVICE)
     for row, kv_len in zip(case.batch.page_table.tolist(), case.batch.kv_lens_cpu):
@@ -158,7 +202,7 @@ def test_garbage_in_the_workspace_and_in_unused_slots_reaches_no_answer(balanced
     for pool in (case.k, case.v):
         pool[~live] = torch.nan
     case.q[3] = torch.nan  # of a padding row
-    decode = Decode(case.shape, balanced=balanced, options=FINE)
+    decode = Decode(case.shape, balanced=balanced, options=options)
     for _ in range(2):
         decode.workspace.part_out.fill_(torch.nan)
         decode.workspace.part_lse.fill_(torch.nan)
@@ -169,13 +213,14 @@ def test_garbage_in_the_workspace_and_in_unused_slots_reaches_no_answer(balanced
 
 
 @needs_kernels
-def test_one_plan_serves_any_lengths_as_a_replayed_graph_has_them() -> None:
+@pytest.mark.parametrize("options", [FINE, RUNS], ids=["by length", "in runs"])
+def test_one_plan_serves_any_lengths_as_a_replayed_graph_has_them(options: Options) -> None:
     for window in (None, 150):
         shape = make_shape(window=window)
         longest = make_case(Phase.DECODE, Workload(((1, 400),) * 4, window=window), shape)
-        decode = Decode(shape, options=FINE)
+        decode = Decode(shape, options=options)
         plan = decode.plan(longest.batch)
-        assert plan.shares.balanced
+        assert plan.shares.balanced and plan.shares.runs is options.runs
         for lens in ((400, 1, 64, 0), (0, 0, 0, 0), (400, 400, 400, 400)):
             case = make_case(Phase.DECODE, Workload(tuple((1, n) for n in lens), window=window), shape)
             captured = replace(plan, batch=replace(case.batch, max_kv_len=400))
@@ -224,28 +269,47 @@ def test_options_follow_the_number_of_sequences_and_no_length() -> None:
     assert (many.block_n, many.num_warps) == (32, 1)
     small = replace(shape, num_q_heads=9, num_kv_heads=3, head_dim=64)
     few, many = (decode_options(small, num_seqs) for num_seqs in (1, 256))
-    assert ((few.block_n, few.min_split), (many.block_n, many.min_split)) == ((64, 128), (32, 128))
+    assert ((few.num_stages, few.min_split), (many.num_stages, many.min_split)) == ((4, 128), (5, 128))
     full = replace(shape, dtype=torch.float32)
     assert decode_options(full, 8) == decode_options(full, 640)
     drafts = decode_options(shape, 64, max_q_len=16)
     assert drafts.num_warps == 4  # a warp multiplies 16 rows
-    assert drafts.balanced_per_sm == decode_options(shape, 64).balanced_per_sm // 4  # as many fit beside one another
+
+
+@needs_kernels
+def test_equal_runs_are_for_fewer_sequences_than_programs_and_where_their_room_is_known() -> None:
+    decode = Decode(make_shape(), options=RUNS)
+    decode._sms = 8
+    for num_seqs, runs in ((2, True), (35, True), (36, False), (80, False)):  # 8 * 9 programs, of two key heads
+        batch = make_batch(((1, 99),) * num_seqs, torch.zeros(num_seqs, 7, dtype=torch.int32), 1)
+        assert decode.plan(batch).shares.runs is runs
+    wide = replace(make_shape(torch.bfloat16), num_q_heads=32, num_kv_heads=8, head_dim=128)
+    known = replace(wide, capability=(9, 0))
+    on_h200 = shipped(Phase.DECODE, known, 227 << 10, "NVIDIA H200")
+    assert on_h200.in_decode(known, 132, 64).runs
+    assert not on_h200.in_decode(known, 132, 64, max_q_len=16).runs  # of more warps fewer programs have room
+    assert not shipped(Phase.DECODE, wide, 227 << 10, "NVIDIA GeForce RTX 4090").many.runs
 
 
 @needs_compiler
-@pytest.mark.parametrize(("max_q_len", "balanced"), [(1, True), (5, False), (16, True)])
-def test_it_compiles_for_hopper_into_asynchronous_copies_and_products(max_q_len: int, balanced: bool) -> None:
+@pytest.mark.parametrize(
+    ("max_q_len", "balanced", "runs"), [(1, True, False), (5, False, False), (16, True, False), (1, True, True)]
+)
+def test_it_compiles_for_hopper_into_asynchronous_copies_and_products(
+    max_q_len: int, balanced: bool, runs: bool
+) -> None:
     shape = replace(make_shape(torch.bfloat16), num_q_heads=32, num_kv_heads=8, head_dim=128)
     options = decode_options(shape, 64, max_q_len).arguments()
     scores = Scores(shape.scale, 100 if max_q_len > 1 else None, None)
     compiled = constants(Queries(torch.bfloat16, 32, 8, 128, 128), False, scores, max_q_len, options)
     num_warps = compiled.pop("num_warps")
     compiled |= {"K_HEAD_STRIDE": 128, "V_HEAD_STRIDE": 128, "PAGE_SIZE": 16, "CAUSAL": True}
-    compiled |= {"SEQS": 64 if balanced else 0, "PDL": True, "EARLY": False}
+    compiled |= {"SEQS": 64 if balanced else 0, "PDL": True} | ({} if runs else {"EARLY": False})
     kinds = dict.fromkeys(("q", "k", "v", "out"), "*bf16") | dict.fromkeys(("sinks", "part_out", "part_lse"), "*fp32")
     kinds |= dict.fromkeys(("page_table", "cu_q_lens", "kv_lens", "arrivals"), "*i32")
     kinds |= dict.fromkeys(("scale_log2", "cap_log2"), "fp32")
-    ptx = compile_for_hopper(paged_decode_kernel, kinds, compiled, num_warps)
+    kernel = paged_decode_kernel_of_runs if runs else paged_decode_kernel
+    ptx = compile_for_hopper(kernel, kinds, compiled, num_warps)
     assert "cp.async" in ptx
     assert "mma" in ptx
     assert merges_what_others_wrote(ptx)

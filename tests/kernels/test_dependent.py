@@ -14,7 +14,7 @@ from triton_interpreter import DEVICE, needs_cuda
 
 pytest.importorskip("triton", reason="triton is not installed")
 from tessera.kernels.decode_merge import Workspace
-from tessera.kernels.decode_shares import Shares, share_by_length, share_evenly
+from tessera.kernels.decode_shares import Shares, share_by_length, share_evenly, share_in_runs
 from tessera.kernels.dependent import launch_constants, pdl_on
 from tessera.kernels.norm import add_rms_norm, rms_norm
 from tessera.kernels.paged_decode import paged_decode
@@ -152,15 +152,20 @@ class Chain:
 
 @needs_cuda
 @pytest.mark.parametrize("way", ["fused", "apart"])
-@pytest.mark.parametrize(("num_seqs", "balanced"), [(1, False), (4, False), (4, True), (16, True)])
-def test_a_graph_of_dependent_launches_answers_as_one_without_to_the_bit(
-    way: str, num_seqs: int, balanced: bool
-) -> None:
+@pytest.mark.parametrize(
+    ("num_seqs", "shared"),
+    [(1, "evenly"), (4, "evenly"), (4, "by length"), (16, "by length"), (4, "in runs"), (16, "in runs")],
+)
+def test_a_graph_of_dependent_launches_answers_as_one_without_to_the_bit(way: str, num_seqs: int, shared: str) -> None:
     if not pdl_on(torch.device("cuda")):
         pytest.skip("a GPU from Hopper on is needed")
     torch.manual_seed(num_seqs)
     longest = PAGES // num_seqs * PAGE_SIZE
-    shares = share_by_length(num_seqs, 40, 32, longest) if balanced else share_evenly(4, 32)
+    shares = {
+        "evenly": share_evenly(num_seqs, 4, 32),
+        "by length": share_by_length(num_seqs, 40, 32, longest),
+        "in runs": share_in_runs(num_seqs, 40, 32, longest),
+    }[shared]
     chain, step = Chain(num_seqs, shares), make_step(num_seqs)
     run = chain.fused if way == "fused" else chain.apart
     start = [pages.clone() for layer in chain.layers for pages in (layer.k_pages, layer.v_pages)]

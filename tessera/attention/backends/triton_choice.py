@@ -40,9 +40,7 @@ class Choice:
         # A warp multiplies 16 rows at a time; those of more than one query are more.
         rows = 16 if shape.dtype == torch.float32 else min(64, max_q_len * shape.group)
         num_warps = max(options.num_warps, 1 << (-(-rows // 16) - 1).bit_length())
-        fewer = num_warps // options.num_warps  # programs of more warps fit beside one another
-        balanced = max(1, options.balanced_per_sm // fewer) if options.balanced_per_sm else 0
-        return replace(options, num_warps=num_warps, balanced_per_sm=balanced)
+        return replace(options, num_warps=num_warps, runs=options.runs and num_warps == options.num_warps)
 
     @property
     def most_parts(self) -> int:

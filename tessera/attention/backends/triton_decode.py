@@ -136,7 +136,7 @@ class Decode:
             splits = -(-longest // block)
             programs = num_seqs * splits * columns
             if longest <= most_tokens and programs <= min(most_programs, self.workspace.num_parts(rows)):
-                shares = share_evenly(splits, block, batch.max_q_len)
+                shares = share_evenly(num_seqs, splits, block, batch.max_q_len)
                 return DecodePlan(batch, replace(shares, one_block=True), Options(0, block, 2, 1, 1, block))
         return None
 
@@ -149,7 +149,7 @@ class Decode:
 
     def _choose_shares(self, options: Options, num_seqs: int, batch: Batch) -> Shares:
         """As many programs as options aim for and memory holds parts of, each of `_least_split` tokens or more."""
-        from tessera.kernels.decode_shares import MOST_BALANCED, share_by_length, share_evenly
+        from tessera.kernels.decode_shares import MOST_BALANCED, share_by_length, share_evenly, share_in_runs
         from tessera.kernels.paged_decode import tile_rows
 
         max_q_len, longest = batch.max_q_len, self._longest(batch)
@@ -160,11 +160,12 @@ class Decode:
         balanced = options.balanced_per_sm > 0 if self._balanced is None else self._balanced
         if self._split and balanced and most > 1 and 1 < num_seqs <= MOST_BALANCED and 2 * columns <= room:
             per_sm = options.balanced_per_sm or options.programs_per_sm
-            programs = min(self._sms * per_sm // columns, room // (2 * columns))
-            return share_by_length(num_seqs, max(1, programs), min_split, longest, max_q_len)
+            programs = max(1, min(self._sms * per_sm // columns, room // (2 * columns)))
+            share = share_in_runs if options.runs and num_seqs < programs else share_by_length
+            return share(num_seqs, programs, min_split, longest, max_q_len)
         programs = min(self._sms * options.programs_per_sm, room) if self._split else 1
         splits = max(1, min(most, programs // max(1, num_seqs * columns)))
-        return share_evenly(splits, min_split, max_q_len)
+        return share_evenly(num_seqs, splits, min_split, max_q_len)
 
     def _least_split(self, options: Options, num_columns: int, longest: int) -> int:
         """Fewest tokens a split: as the options say, or fewer, down to one block, while multiprocessors would idle."""

@@ -40,8 +40,10 @@ class Options:
     min_split: int = 0
     """DECODE: fewest tokens a split, unless multiprocessors would idle."""
     balanced_per_sm: int = 0
-    """DECODE: programs on a multiprocessor where lengths decide how sequences are split, 0: all are split alike. Each
-    has an equal share, so those that find no room beside the others double the time that all take."""
+    """DECODE: programs to aim for where lengths decide how often a sequence is split; 0: all are split alike."""
+    runs: bool = False
+    """DECODE: whether fewer sequences than that are shared out in equal runs of blocks. So many programs must have room
+    on a multiprocessor at once: those that come later double the time."""
 
     def __post_init__(self) -> None:
         tiles = [self.block_n, *([self.block_m] if self.block_m else [])]
@@ -57,7 +59,7 @@ class Options:
         """`128x64 w8 s3`: tile, warps, stages; in DECODE `64 w2 s5 p2/2 min256`: programs a multiprocessor too."""
         tile = f"{self.block_m}x{self.block_n}" if self.block_m else str(self.block_n)
         split = f" p{self.programs_per_sm}/{self.balanced_per_sm} min{self.min_split}" if not self.block_m else ""
-        return f"{tile} w{self.num_warps} s{self.num_stages}{split}"
+        return f"{tile} w{self.num_warps} s{self.num_stages}{split}{' runs' if self.runs else ''}"
 
     def fitted(self, head_bytes: int, shared_memory: int) -> Options:
         """As much of these options as a block has memory for, where a row of a tile takes `head_bytes`."""

@@ -6,6 +6,8 @@ compiled with any of these: its options stand beside it, in `hopper_options` of 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tessera.attention.backends.triton_options import Gpu, Options, Tables
 from tessera.attention.contract import Phase
 
@@ -26,11 +28,11 @@ _H200 = Tables(
             (256, Options(64, 32, 4, 3)),
         ),
         Phase.DECODE: (
-            (64, Options(0, 64, 2, 4, programs_per_sm=8, min_split=128, balanced_per_sm=5)),
+            (64, Options(0, 64, 2, 4, programs_per_sm=8, min_split=128, balanced_per_sm=8)),
             # With so many stages no third program fits beside two: one of the next launch would stand there early,
             # and the rest of that launch unevenly.
             (128, Options(0, 64, 2, 7, programs_per_sm=2, min_split=256, balanced_per_sm=2)),
-            (256, Options(0, 32, 4, 5, programs_per_sm=2, min_split=256, balanced_per_sm=2)),
+            (256, Options(0, 32, 4, 5, programs_per_sm=2, min_split=256, balanced_per_sm=4)),
         ),
         Phase.VISION: (
             (64, Options(128, 64, 8, 3)),
@@ -41,13 +43,14 @@ _H200 = Tables(
         ),
     },
     many=(
-        (64, Options(0, 32, 1, 4, programs_per_sm=12, min_split=128, balanced_per_sm=12)),
-        (128, Options(0, 32, 1, 4, programs_per_sm=4, min_split=256, balanced_per_sm=8)),
-        (256, Options(0, 32, 4, 5, programs_per_sm=2, min_split=256, balanced_per_sm=2)),
+        (64, Options(0, 64, 2, 5, programs_per_sm=6, min_split=128, balanced_per_sm=6)),
+        # Of one warp each, eight have room with any number of registers.
+        (128, Options(0, 32, 1, 4, programs_per_sm=4, min_split=256, balanced_per_sm=8, runs=True)),
+        (256, Options(0, 32, 4, 5, programs_per_sm=2, min_split=256, balanced_per_sm=4)),
     ),
     full={
         Phase.PREFILL: _FULL_ROWS,
-        Phase.DECODE: ((256, Options(0, 32, 8, 3, programs_per_sm=2, min_split=256, balanced_per_sm=2)),),
+        Phase.DECODE: ((256, Options(0, 32, 8, 3, programs_per_sm=2, min_split=256, balanced_per_sm=4)),),
         Phase.VISION: _FULL_ROWS,
     },
 )
@@ -61,5 +64,5 @@ KNOWN = (
     ),
 )
 """GPUs for which nothing is searched at start; the files say what a search would still win."""
-FALLBACK = _H200
-"""What any other GPU begins with, as much of it as its shared memory holds."""
+FALLBACK = replace(_H200, many=tuple((largest, replace(options, runs=False)) for largest, options in _H200.many))
+"""What any other GPU begins with, as much of it as its shared memory holds; in runs only where their room is known."""

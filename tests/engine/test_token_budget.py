@@ -1,0 +1,18 @@
+"""How many tokens a step has where nobody says."""
+
+from __future__ import annotations
+
+import pytest
+
+from tessera.config import EngineConfig
+from tessera.engine.build import token_budget
+
+
+@pytest.mark.parametrize(
+    ("device", "gigabytes", "budget"), [("cpu", 1, 1024), ("cpu", 16, 1024), ("cuda", 1, 16384), ("cuda", 16, 8192)]
+)
+def test_the_token_budget_follows_device_and_weights_where_none_is_given(
+    device: str, gigabytes: int, budget: int
+) -> None:
+    assert token_budget(EngineConfig(), device, gigabytes * 10**9) == budget
+    assert token_budget(EngineConfig.from_flat({"max_num_batched_tokens": 77}), device, gigabytes * 10**9) == 77
