@@ -59,7 +59,12 @@ KNOWN = (
     Gpu(
         ("H200", "H100"),
         (9, 0),
-        ("2026-11-21-h200-triton-prototypes.md", "2026-11-21-tune.md", "2026-11-22-h200-engine.md"),
+        (
+            "2026-11-21-h200-triton-prototypes.md",
+            "2026-11-21-tune.md",
+            "2026-11-22-h200-engine.md",
+            "2026-11-22-h200-decode-steps.md",
+        ),
         _H200,
     ),
 )
