@@ -44,7 +44,7 @@ class LLM:
     def __init__(self, model, dtype, load_format, max_model_len, enable_prefix_caching, seed, skip_tokenizer_init,
                  **more):
         assert (dtype, load_format, skip_tokenizer_init, enable_prefix_caching) == ("bfloat16", "dummy", True, False)
-        if more == {"max_num_seqs": 0}:
+        if more.pop("max_num_seqs", None) == 0:
             import sys
             sys.stderr.write("(EngineCore pid=7) ERROR 11-21 22:06:15 [core.py:1231] AssertionError: of a log\\n"
                              "(EngineCore pid=7) Traceback (most recent call last):\\n"
@@ -125,7 +125,7 @@ def started(name: str, settings: dict[str, Any], stub: Path | None = None) -> tu
     command = [sys.executable, str(PEERS / "serve.py"), str(PEERS / f"{name}.py")]
     worker = WorkerProcess(command, 120, {"PYTHONPATH": str(stub)} if stub is not None else None)
     common = {"dtype": "float32", "device": "cpu", "load_format": "auto", "max_model_len": 32, "seed": 7, "options": {}}
-    common |= {"max_num_seqs": 3, "file_type": "Q4_K", "cpu_threads": None}
+    common |= {"max_num_seqs": 3, "file_type": "Q4_K", "cpu_threads": None, "gpu_memory_utilization": 0.9}
     return worker, worker.ask("load", settings=common | {"enable_prefix_caching": False} | settings)
 
 
@@ -158,9 +158,17 @@ def test_greedy_tokens_of_transformers_on_our_weights_are_ours(tmp_path: Path) -
     worker.close()
 
 
-def test_vllm_is_called_as_its_api_wants(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "shares",
+    [
+        {"gpu_memory_utilization": 0.5},  # as ours
+        {"gpu_memory_utilization": 0.3, "options": {"gpu_memory_utilization": 0.5}},  # its own, where it is given one
+    ],
+    ids=["as ours", "its own"],
+)
+def test_vllm_is_called_as_its_api_wants(tmp_path: Path, shares: dict[str, Any]) -> None:
     (tmp_path / "vllm.py").write_text(VLLM)
-    settings = {"model": "x", "dtype": "bfloat16", "load_format": "dummy", "options": {"gpu_memory_utilization": 0.5}}
+    settings = {"model": "x", "dtype": "bfloat16", "load_format": "dummy"} | shares
     worker, facts = started("vllm", settings, tmp_path)
     shown = facts["settings"]
     assert facts["versions"]["vllm"] == "0.24.0" and shown["gpu_memory_utilization"] == 0.5 and "model" not in shown
@@ -172,10 +180,11 @@ def test_vllm_is_called_as_its_api_wants(tmp_path: Path) -> None:
 
 
 def test_peers_are_told_that_a_shape_has_no_weights(tmp_path: Path) -> None:
-    config = EngineConfig(model=ModelConfig(model="dummy:135m"))
+    config = EngineConfig.from_flat({"model": "dummy:135m", "gpu_memory_utilization": 0.45})
     made = OfflineBenchmark(config, [], OfflineOptions(preset="rose"), 1, provenance("a test"))
     settings = _peer_settings("vllm", {}, made.target, made.config, tmp_path)
     assert (settings["load_format"], settings["max_model_len"]) == ("dummy", 256 + 64)
+    assert settings["gpu_memory_utilization"] == 0.45  # what is asked of all
     assert (Path(settings["model"]) / "config.json").exists()
 
 

@@ -92,6 +92,7 @@ def _peer_settings(
         "load_format": config.model.load_format,
         "max_model_len": config.model.max_model_len,
         "enable_prefix_caching": config.cache.enable_prefix_caching,
+        "gpu_memory_utilization": config.cache.gpu_memory_utilization,
         "seed": config.model.seed,
         "file_type": _file_type(target.source.path) if name == "llamacpp" else "",
         "max_num_seqs": config.scheduler.max_num_seqs,

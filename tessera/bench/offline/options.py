@@ -30,7 +30,8 @@ class OfflineOptions:
     warmup: int = 1
     """Passes of the same work before the clock."""
     peer: str | None = None
-    """Comma separated: vllm, hf (transformers), llamacpp; each in a process of its own, with its own defaults."""
+    """Comma separated: vllm, hf (transformers), llamacpp; each in a process of its own, with its own defaults. vLLM has
+    our --gpu-memory-utilization, so that with 0.45 both are loaded at once and take turns."""
     peer_python: str | None = None
     """Comma separated `vllm=/path/to/python`: the environment that a peer is installed in. Left out: this one."""
     peer_option: str | None = None

@@ -1,4 +1,7 @@
-"""vLLM: `LLM.generate` with its own defaults, on prompts of token ids; nothing is tokenised or detokenised."""
+"""vLLM: `LLM.generate` on prompts of token ids; nothing is tokenised or detokenised.
+
+It has its own defaults but for what is asked of all: lengths, prefix cache, share of the GPU's memory.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ class Worker:
             "load_format": settings["load_format"],
             "max_model_len": settings["max_model_len"],
             "enable_prefix_caching": settings["enable_prefix_caching"],
+            "gpu_memory_utilization": settings["gpu_memory_utilization"],
             "seed": settings["seed"],
             "skip_tokenizer_init": True,
         } | settings["options"]
