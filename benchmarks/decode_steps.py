@@ -65,8 +65,11 @@ def time_steps(engine: Engine, num_steps: int, repeats: int) -> list[float]:
 def measure(engine: Engine, count: int, num_steps: int, repeats: int) -> dict[str, Any]:
     """A row of `count` sequences."""
     lengths = prompt_lengths(count)
-    fill(engine, lengths, num_steps * repeats + len(lengths) + 8)  # those of the first step decode beside prompts
+    steps_of_prompts = sum(lengths) // max(1, engine.info.max_num_batched_tokens - count) + 2  # others decode beside
+    fill(engine, lengths, num_steps * repeats + steps_of_prompts + 8)
     found = time_steps(engine, num_steps, repeats)
+    if engine.status().running != count:
+        raise SystemExit(f"error: of {count} sequences {engine.status().running} still run\n\nhint: use fewer --steps")
     for number in range(count):
         engine.abort(str(number))
     while engine.has_work:

@@ -30,6 +30,8 @@ _DECODE = {"cuda": ((1, 16384), (8, 4096)), "cpu": ((1, 48),)}
 _DECODE_MANY = {"cuda": (64, 2048), "cpu": (1, 16)}
 """At least so many sequences, of so many tokens."""
 
+_ROOM = ("block_n", "num_warps", "num_stages", "balanced_per_sm")
+"""Options that make programs of a decode larger, or more."""
 Step = Mapping[str, Any]
 """Fields of options that a candidate changes, and what to."""
 
@@ -54,8 +56,10 @@ def neighbours(phase: Phase, table: Options, shape: Shape) -> list[Candidate]:
 
 def take(phase: Phase, table: Options, step: Step, shape: Shape) -> Options | None:
     """The table's options after a step, cut down to memory; None where nothing can be compiled like that."""
+    # Who knows whether larger programs, or more of them, still have room at once.
+    runs = table.runs and not any(step.get(name, 0) > getattr(table, name) for name in _ROOM)
     try:
-        options = replace(table, **step)
+        options = replace(table, **{"runs": runs, **step})
     except ValueError:
         return None
     return options.fitted(head_bytes(phase, shape), device_resources(shape)[1])

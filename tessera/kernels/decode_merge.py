@@ -59,29 +59,20 @@ def out_rows(row: tl.tensor, heads: tl.tensor, GROUP: tl.constexpr, HEAD_DIM: tl
 
 
 @triton.jit
-def part_number(first_part: tl.tensor, part: tl.tensor, RUNS: tl.constexpr) -> tl.tensor:
-    """Where a sequence's parts lie: one behind the other, or where RUNS every second, but for the first.
-
-    A program of `decode_runs` has room for two, for it may end in another sequence than it began in.
-    """
-    return first_part + 2 * part + (part == 0).to(tl.int32) if RUNS else first_part + part
-
-
-@triton.jit
 def _merge_parts(
     out: tl.tensor, heads: tl.tensor, num_rows: tl.tensor, first_row: tl.tensor, part_out: tl.tensor,
     part_lse: tl.tensor, first_part: tl.tensor, count: tl.tensor,
     GROUP: tl.constexpr, PART_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
-    MERGE_ROWS: tl.constexpr, PARTS: tl.constexpr, RUNS: tl.constexpr,
+    MERGE_ROWS: tl.constexpr, PARTS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Merge `count` parts by log-sum-exp into out, PARTS at a time; they are those of `part_number`."""
+    """Merge parts first_part .. first_part + count by log-sum-exp into out, PARTS at a time."""
     row, dim = tl.arange(0, MERGE_ROWS), tl.arange(0, HEAD_PAD)
     peak = tl.full([MERGE_ROWS], -1.0e30, tl.float32)
     total = tl.zeros([MERGE_ROWS], tl.float32)
     acc = tl.zeros([MERGE_ROWS, HEAD_PAD], tl.float32)
     for begin in range(0, count, PARTS):
         part = begin + tl.arange(0, PARTS)
-        at = part_number(first_part, part, RUNS)[None, :] * PART_ROWS + row[:, None]
+        at = (first_part + part)[None, :] * PART_ROWS + row[:, None]
         real = (part < count)[None, :] & (row < num_rows)[:, None]
         # .cg: read from L2, where the other programs' results are; L1 may hold what stood here before.
         lse = tl.load(part_lse + at, mask=real, other=float("-inf"), cache_modifier=".cg")
@@ -105,12 +96,11 @@ def finish_part(
     arrived: tl.tensor, out: tl.tensor, heads: tl.tensor, num_rows: tl.tensor, first_row: tl.tensor,
     part_out: tl.tensor, part_lse: tl.tensor,
     GROUP: tl.constexpr, PART_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
-    ROWS: tl.constexpr, MERGE_ROWS: tl.constexpr, PARTS: tl.constexpr, RUNS: tl.constexpr,
+    ROWS: tl.constexpr, MERGE_ROWS: tl.constexpr, PARTS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write one part down, and merge them all if the others have been written; one alone is the answer.
 
     values     [ROWS, HEAD_PAD], divided; lse [ROWS]; of both num_rows are real
-    part       which of the sequence's parts these are; where they lie says `part_number`
     arrived    the counter that this sequence's programs share
     out        at the sequence's first query and this key head, whose rows from first_row on these are
     """
@@ -119,14 +109,13 @@ def finish_part(
         rows = out_rows(first_row + row, heads, GROUP, HEAD_DIM)
         store_part(out, values, rows, row < num_rows, 0, HEAD_PAD, HEAD_DIM)
     else:
-        number = part_number(first_part, part, RUNS)
-        written = part_out + number * (PART_ROWS * HEAD_DIM)
+        written = part_out + part * (PART_ROWS * HEAD_DIM)
         store_part(written, values, row * HEAD_DIM, row < num_rows, 0, HEAD_PAD, HEAD_DIM)
-        tl.store(part_lse + number * PART_ROWS + row, lse, mask=row < num_rows)
+        tl.store(part_lse + part * PART_ROWS + row, lse, mask=row < num_rows)
         tl.debug_barrier()  # every thread's share is written before this program says that it arrived
         if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
             tl.store(arrived, 0)
             _merge_parts(
                 out, heads, num_rows, first_row, part_out, part_lse, first_part, num_parts,
-                GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, MERGE_ROWS, PARTS, RUNS,
+                GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, MERGE_ROWS, PARTS,
             )  # fmt: skip

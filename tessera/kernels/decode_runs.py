@@ -3,6 +3,8 @@
 The blocks of all sequences of a key head stand one behind the other and are shared out equally, as Stream-K shares out
 products (arXiv 2301.03598): no program is late, whatever the lengths, as long as all of them are on the device at once.
 A program takes up sequence after sequence; of the first and of the last it may have but a part (`decode_merge`).
+The parts of a sequence that n programs share from program u on stand at 2 u .. 2 u + n - 1: the next one that is split
+begins in the last of these programs or later, so that no two share a place.
 """
 
 # ruff: noqa: N803, N806 -- what Triton compiles in is written in capitals
@@ -13,7 +15,7 @@ import triton
 import triton.language as tl
 
 from tessera.kernels.decode_attend import attend_span, begin_rows, prefetch_tokens
-from tessera.kernels.decode_merge import finish_part, part_number
+from tessera.kernels.decode_merge import finish_part
 from tessera.kernels.dependent import let_next_start, wait_for_launch
 from tessera.kernels.packed import UNALIGNED
 
@@ -35,7 +37,7 @@ def own_run(
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
     """What program `unit` has of the blocks of all sequences, which are numbered one behind the other.
 
-    min_split  tokens of which every program has as many, or the others have none
+    min_split  tokens, in whole blocks: programs have no fewer blocks than these, or the last of them have none
     returns    begin, end: its blocks, none where they are equal; the first and the last sequence of these; the block
                that the first begins with; each, more: of the programs that have blocks, see `owner`
     """
@@ -122,9 +124,9 @@ def paged_decode_kernel_of_runs(
                 HEAD_PAD, PAGE_SIZE, CAUSAL, WINDOW, SOFT_CAP, SINKS, QUERIES, ROWS, BLOCK_N, PRECISION, NUM_STAGES,
             )  # fmt: skip
             finish_part(
-                acc, lse, part, first_part, num_parts, arrivals + part_number(first_part, part * 0, True),
+                acc, lse, first_part + part, first_part, num_parts, arrivals + first_part,
                 out + (begin * heads + kv_head) * (GROUP * HEAD_DIM), heads, num_rows, first_row, part_out, part_lse,
-                GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, ROWS, MERGE_ROWS, PARTS, True,
+                GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, ROWS, MERGE_ROWS, PARTS,
             )  # fmt: skip
         seq, seq_block, block = seq + 1, next_block, stop_block
 

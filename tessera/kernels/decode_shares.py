@@ -36,8 +36,8 @@ class Shares:
     one_block: bool = False
     """Whether no split is longer than a block of tokens."""
     runs: bool = False
-    """Where balanced, whether programs have equal runs of blocks; num_splits programs, none of fewer than min_split
-    tokens but where all are idle but one."""
+    """Where balanced, whether programs have equal runs of blocks: num_splits programs at most, and so few that each has
+    the blocks of min_split tokens."""
 
     def capacity(self, num_seqs: int) -> int:
         """Parts that one key head of `num_seqs` sequences may leave behind; 0 where nothing can be split."""

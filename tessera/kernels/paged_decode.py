@@ -1,6 +1,7 @@
 """Decode over pages in Triton: split-KV Flash-Decoding (Dao et al. 2023), the merge fused into the same kernel.
 
-One program attends for one key-value head of one sequence over one span of its tokens. The queries of a sequence
+One program attends for one key-value head of one sequence over one span of its tokens, or in `decode_runs` of
+several. The queries of a sequence
 (one, or a few where drafts are checked) and the query heads that share the key head are the rows of its tile, padded
 to the 16 that tensor cores take. `decode_shares` says how sequences are shared out among programs: the grid depends
 on no length, so a CUDA graph may replay it with any. Whichever program of a sequence finishes last merges the parts
@@ -79,9 +80,9 @@ def paged_decode_kernel(
     target = out + (begin * heads + kv_head) * (GROUP * HEAD_DIM)
     first_part = column.to(tl.int64) * capacity + first_part
     finish_part(
-        acc / divisor[:, None], peak + tl.log2(divisor), split, first_part, tl.cdiv(kv_len - oldest, size),
+        acc / divisor[:, None], peak + tl.log2(divisor), first_part + split, first_part, tl.cdiv(kv_len - oldest, size),
         arrivals + first_part, target, heads, num_rows, first_row, part_out, part_lse,
-        GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, ROWS, MERGE_ROWS, PARTS, False,
+        GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, ROWS, MERGE_ROWS, PARTS,
     )  # fmt: skip
 
 

@@ -9,10 +9,11 @@ from tessera.engine.build import token_budget
 
 
 @pytest.mark.parametrize(
-    ("device", "gigabytes", "budget"), [("cpu", 1, 1024), ("cpu", 16, 1024), ("cuda", 1, 16384), ("cuda", 16, 8192)]
+    ("device", "num_bytes", "budget"),
+    [("cpu", 1, 1024), ("cpu", 10**11, 1024), ("cuda", 4 * 10**9 - 1, 16384), ("cuda", 4 * 10**9, 8192)],
 )
 def test_the_token_budget_follows_device_and_weights_where_none_is_given(
-    device: str, gigabytes: int, budget: int
+    device: str, num_bytes: int, budget: int
 ) -> None:
-    assert token_budget(EngineConfig(), device, gigabytes * 10**9) == budget
-    assert token_budget(EngineConfig.from_flat({"max_num_batched_tokens": 77}), device, gigabytes * 10**9) == 77
+    assert token_budget(EngineConfig(), device, num_bytes) == budget
+    assert token_budget(EngineConfig.from_flat({"max_num_batched_tokens": 77}), device, num_bytes) == 77

@@ -35,6 +35,8 @@ from triton_interpreter import (
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 FINE = Options(0, 32, 4, 2, programs_per_sm=2, min_split=64, balanced_per_sm=4)
 """Cuts short sequences too."""
+RUNS = replace(FINE, balanced_per_sm=9, runs=True)
+by_length_and_in_runs = pytest.mark.parametrize("options", [FINE, RUNS], ids=["by length", "in runs"])
 
 
 def make_shape(q_heads: int = 6, kv_heads: int = 2, head_dim: int = 32, dtype: torch.dtype = torch.float16) -> Shape:
@@ -62,9 +64,9 @@ def test_drafts_equal_the_oracle(dtype: torch.dtype, name: str) -> None:
 @pytest.mark.parametrize("heads", [(1, 1), (7, 1), (16, 1), (40, 1), (4, 4)])
 def test_rows_that_fill_more_than_a_tile_equal_the_oracle(dtype: torch.dtype, heads: tuple[int, int]) -> None:
     asked = Workload(((5, 90), (1, 33), (3, 3), (5, 0)), sinks=True)
-    for balanced in (True, False):
+    for balanced, options in ((True, FINE), (False, FINE), (True, RUNS)):
         case = make_case(Phase.DECODE, asked, make_shape(*heads, dtype=dtype))
-        decode = Decode(case.shape, balanced=balanced, options=FINE)
+        decode = Decode(case.shape, balanced=balanced, options=options)
         plan = decode.plan(case.batch)
         out = decode.run(plan, case.q, case.k, case.v, case.sinks)
         assert case.problems(out) == []
@@ -72,13 +74,14 @@ def test_rows_that_fill_more_than_a_tile_equal_the_oracle(dtype: torch.dtype, he
 
 
 @needs_kernels
-def test_one_plan_serves_any_lengths_and_any_fewer_drafts() -> None:
+@by_length_and_in_runs
+def test_one_plan_serves_any_lengths_and_any_fewer_drafts(options: Options) -> None:
     for window in (None, 150):
         shape = replace(make_shape(), window=window)
         longest = make_case(Phase.DECODE, Workload(((5, 300),) * 4, window=window), shape)
-        decode = Decode(shape, options=FINE)
+        decode = Decode(shape, options=options)
         plan = decode.plan(longest.batch)
-        assert plan.shares.balanced
+        assert plan.shares.balanced and plan.shares.runs is options.runs
         for lens in (((5, 300), (1, 1), (3, 64), (5, 0)), ((1, 5), (1, 300), (1, 0), (1, 0))):
             case = make_case(Phase.DECODE, Workload(lens, window=window), shape)
             decode.workspace.part_out.fill_(torch.nan)
@@ -88,12 +91,13 @@ def test_one_plan_serves_any_lengths_and_any_fewer_drafts() -> None:
 
 
 @needs_kernels
-def test_every_sequence_has_its_programs_where_a_window_is_a_whole_number_of_splits() -> None:
+@by_length_and_in_runs
+def test_every_sequence_has_its_programs_where_a_window_is_a_whole_number_of_splits(options: Options) -> None:
     """Three queries see 128 tokens, two splits; the four that they are rounded up to see 129, three."""
     case = make_case(Phase.DECODE, Workload(((3, 300),) * 4, window=126), make_shape())
-    decode = Decode(case.shape, options=FINE)
+    decode = Decode(case.shape, options=options)
     plan = decode.plan(case.batch)
-    assert plan.shares.balanced
+    assert plan.shares.balanced and plan.shares.runs is options.runs
     assert case.problems(decode.run(plan, case.q, case.k, case.v)) == []
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from tessera.attention.backends.triton import Triton
 from tessera.attention.backends.triton_choice import shipped
 from tessera.attention.backends.triton_decode import Decode, DecodePlan, TritonFlashDecoding, TritonPaged
-from tessera.attention.backends.triton_options import Options, device_resources
+from tessera.attention.backends.triton_options import INTERPRETED_SMS, Options, device_resources
 from tessera.attention.contract import Phase, Shape
 from tessera.attention.workloads import Case, Workload, make_batch, make_case
 from tessera.kernels.decode_runs import own_run, owner, paged_decode_kernel_of_runs
@@ -159,20 +159,37 @@ def test_unlike_lengths_equal_the_oracle_however_split(
 @pytest.mark.parametrize(
     "lens",
     [
-        (2048,) * 2,  # every program in the middle of a sequence, at both ends
+        (2048,) * 2,  # many programs a sequence
         (96,) * 70,  # runs that end where sequences do, and some that do not
         (1, 3000, 1, 1, 1, 2000, 31, 33),  # one that many programs share, between short ones
         (400, 0, 0, 400, *(0,) * 20),  # padding rows within and behind
     ],
     ids=str,
 )
-def test_wherever_runs_begin_and_end_every_sequence_is_merged_once(lens: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("per_sm", [1, 9])  # as many programs of many blocks, or more programs than can have any
+def test_wherever_runs_begin_and_end_every_sequence_is_merged_once(lens: tuple[int, ...], per_sm: int) -> None:
     case = make_case(Phase.DECODE, Workload(tuple((1, kv_len) for kv_len in lens)), make_shape())
-    decode = Decode(case.shape, options=RUNS)
+    options = replace(RUNS, balanced_per_sm=per_sm)
+    decode = Decode(case.shape, options=options)
+    decode._sms = max(INTERPRETED_SMS, 2 * len(lens))  # enough programs for so many sequences
+    decode.workspace.part_lse.fill_(torch.nan)
     plan, out = answer(decode, case)
     assert plan.shares.runs and plan.shares.num_splits > 8
     assert case.problems(out) == []
     assert not decode.workspace.arrivals.any()
+    # Programs run one after the other here, and would not notice that two parts share a place: so places are counted.
+    written = decode.workspace.part_lse.isfinite().sum().item()
+    assert written == case.shape.num_q_heads * num_parts(lens, plan.shares.num_splits, options.min_split)
+
+
+def num_parts(lens: tuple[int, ...], programs: int, min_split: int) -> int:
+    """Parts of one key head in runs of blocks of 32."""
+    of_seq = [seq for seq, kv_len in enumerate(lens) for _ in range(max(1, -(-kv_len // 32)))]
+    programs = max(1, min(programs, len(of_seq) // (min_split // 32)))
+    each, more = divmod(len(of_seq), programs)
+    of_program = [unit for unit in range(programs) for _ in range(each + (unit < more))]
+    parts = set(zip(of_seq, of_program, strict=True))
+    return sum(1 for seq, _ in parts if sum(other == seq for other, _ in parts) > 1)
 
 
 @needs_kernels
@@ -277,10 +294,10 @@ def test_options_follow_the_number_of_sequences_and_no_length() -> None:
 
 
 @needs_kernels
-def test_equal_runs_are_for_fewer_sequences_than_programs_and_where_their_room_is_known() -> None:
+def test_equal_runs_are_for_few_sequences_beside_programs_and_where_their_room_is_known() -> None:
     decode = Decode(make_shape(), options=RUNS)
     decode._sms = 8
-    for num_seqs, runs in ((2, True), (35, True), (36, False), (80, False)):  # 8 * 9 programs, of two key heads
+    for num_seqs, runs in ((2, True), (53, True), (54, False), (80, False)):  # 8 * 9 programs, of two key heads
         batch = make_batch(((1, 99),) * num_seqs, torch.zeros(num_seqs, 7, dtype=torch.int32), 1)
         assert decode.plan(batch).shares.runs is runs
     wide = replace(make_shape(torch.bfloat16), num_q_heads=32, num_kv_heads=8, head_dim=128)
@@ -293,7 +310,8 @@ def test_equal_runs_are_for_fewer_sequences_than_programs_and_where_their_room_i
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("max_q_len", "balanced", "runs"), [(1, True, False), (5, False, False), (16, True, False), (1, True, True)]
+    ("max_q_len", "balanced", "runs"),
+    [(1, True, False), (5, False, False), (16, True, False), (1, True, True), (4, True, True)],
 )
 def test_it_compiles_for_hopper_into_asynchronous_copies_and_products(
     max_q_len: int, balanced: bool, runs: bool
@@ -314,5 +332,5 @@ def test_it_compiles_for_hopper_into_asynchronous_copies_and_products(
     assert "mma" in ptx
     assert merges_what_others_wrote(ptx)
     # Lengths and the page table, which the step was given; keys and values are brought nearer, not read.
-    assert loads_before_waiting(ptx) in (4, 5)
+    assert loads_before_waiting(ptx) in ((6,) if runs and max_q_len > 1 else (4, 5))
     assert ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait")

@@ -161,7 +161,8 @@ class Decode:
         if self._split and balanced and most > 1 and 1 < num_seqs <= MOST_BALANCED and 2 * columns <= room:
             per_sm = options.balanced_per_sm or options.programs_per_sm
             programs = max(1, min(self._sms * per_sm // columns, room // (2 * columns)))
-            share = share_in_runs if options.runs and num_seqs < programs else share_by_length
+            in_runs = options.runs and 2 * num_seqs < 3 * programs
+            share = share_in_runs if in_runs else share_by_length
             return share(num_seqs, programs, min_split, longest, max_q_len)
         programs = min(self._sms * options.programs_per_sm, room) if self._split else 1
         splits = max(1, min(most, programs // max(1, num_seqs * columns)))

@@ -42,8 +42,9 @@ class Options:
     balanced_per_sm: int = 0
     """DECODE: programs to aim for where lengths decide how often a sequence is split; 0: all are split alike."""
     runs: bool = False
-    """DECODE: whether fewer sequences than that are shared out in equal runs of blocks. So many programs must have room
-    on a multiprocessor at once: those that come later double the time."""
+    """DECODE: whether sequences are shared out in equal runs of blocks, where they are fewer than 1.5 times those
+    programs of a key head: 176 won a little on an H200, 216 lost. All programs must have room on their multiprocessors
+    at once: those that come later double the time."""
 
     def __post_init__(self) -> None:
         tiles = [self.block_n, *([self.block_m] if self.block_m else [])]

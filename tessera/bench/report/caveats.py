@@ -146,7 +146,8 @@ def _subjects(rows: Rows) -> Iterator[str]:
     ran = [row for row in rows.records if row.status == "ok" and row.kind != "ceiling"]
     others = sorted({row.subject.label for row in ran if row.subject.engine not in ("tessera", "none", "torch")})
     if others:
-        yield f"{', '.join(others)}: other engines, with their own defaults, and not proven by us which kernels ran."
+        named = ", ".join(others)
+        yield f"{named}: other engines, not proven by us which kernels ran; what is not asked of all is their default."
     for session in rows.of("offline", "online", "api", "ttft"):
         dtypes = {label: ", ".join(session.dtypes(label)) for label in session.labels if session.dtypes(label)}
         if len(set(dtypes.values())) > 1:
