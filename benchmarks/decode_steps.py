@@ -77,13 +77,28 @@ def measure(engine: Engine, count: int, num_steps: int, repeats: int) -> dict[st
     return {"sequences": count, "tokens": sum(lengths), "us": median(found), "least": min(found), "most": max(found)}
 
 
+def counts(text: str) -> list[int]:
+    """`239,130` as numbers of sequences."""
+    found = [int(word) for word in text.split(",")]
+    if not all(1 <= count <= REQUESTS for count in found):
+        raise argparse.ArgumentTypeError(f"each must be from 1 to {REQUESTS}, got {text}")
+    return found
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return number
+
+
 def main() -> None:
     """Print a Markdown table; with --json also append each row to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None)
-    parser.add_argument("--sequences", default="239,130,64", help="comma separated")
-    parser.add_argument("--steps", type=int, default=8, help="timed together")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sequences", type=counts, default="239,130,64", help="comma separated")
+    parser.add_argument("--steps", type=positive, default=8, help="timed together")
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the engine, as JSON")
     parser.add_argument("--json", type=Path, help="file to append rows to")
     options = parser.parse_args()
@@ -92,7 +107,7 @@ def main() -> None:
     info = engine.info
     print(f"{info.model} {info.dtype}, {info.device}, torch {torch.__version__} {' '.join(options.set)}\n")
     print("| sequences | tokens held | us a step | least | most |\n| --- | --- | --- | --- | --- |")
-    for count in map(int, options.sequences.split(",")):
+    for count in options.sequences:
         row = measure(engine, count, options.steps, options.repeats)
         figures = " | ".join(f"{row[name]:,.0f}" for name in ("tokens", "us", "least", "most"))
         print(f"| {count} | {figures} |", flush=True)

@@ -194,3 +194,33 @@ def attend_span(
             HEAD_DIM, HEAD_PAD, PAGE_SIZE, MASKED, CAUSAL, WINDOW, SOFT_CAP, ROWS, BLOCK_N, PRECISION, NUM_STAGES,
         )  # fmt: skip
     return acc, peak, total
+
+
+@triton.jit
+def attend_rows(
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, keys: tl.tensor, values: tl.tensor, table_row: tl.tensor,
+    sinks: tl.tensor, start: tl.tensor, end: tl.tensor, first_new: tl.tensor, kv_head: tl.tensor, first_row: tl.tensor,
+    num_rows: tl.tensor, is_first: tl.tensor, scale_log2: tl.tensor, cap_log2: tl.tensor, q_stride: tl.tensor,
+    k_stride: tl.tensor, v_stride: tl.tensor, Q_HEAD_STRIDE: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
+    SINKS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    NUM_STAGES: tl.constexpr, EARLY: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """A tile of rows of the sequence at q over tokens start .. end of it: answers [ROWS, HEAD_PAD], log2 of their sums.
+
+    k, v          at slot 0 of the key head
+    keys, values  as `read_old` returned them, where EARLY
+    first_new     position of the first query
+    is_first      whether these are the sequence's first tokens, where sinks are counted
+    """
+    query, q_tile, peak, total = begin_rows(
+        q, sinks, kv_head, first_row, num_rows, is_first, q_stride, Q_HEAD_STRIDE, GROUP, HEAD_DIM, HEAD_PAD, ROWS,
+        SINKS,
+    )  # fmt: skip
+    acc, peak, total = attend_span(
+        q_tile, k, v, keys, values, table_row, start, end, first_new, query, peak, total, scale_log2, cap_log2,
+        k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE, QUERIES > 1, CAUSAL, WINDOW, SOFT_CAP, ROWS, BLOCK_N,
+        PRECISION, NUM_STAGES, EARLY,
+    )  # fmt: skip
+    divisor = tl.where(total > 0.0, total, 1.0)
+    return acc / divisor[:, None], peak + tl.log2(divisor)

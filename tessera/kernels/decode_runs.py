@@ -14,8 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tessera.kernels.decode_attend import attend_span, begin_rows, prefetch_tokens
+from tessera.kernels.decode_attend import attend_rows, prefetch_tokens
 from tessera.kernels.decode_merge import finish_part
+from tessera.kernels.decode_shares import lengths
 from tessera.kernels.dependent import let_next_start, wait_for_launch
 from tessera.kernels.packed import UNALIGNED
 
@@ -61,20 +62,6 @@ def owner(block: tl.tensor, each: tl.tensor, more: tl.tensor) -> tl.tensor:
     return tl.where(block < long, block // (each + 1), more + (block - long) // tl.maximum(each, 1))
 
 
-@triton.jit
-def _lengths(
-    cu_q_lens: tl.tensor, kv_lens: tl.tensor, seq: tl.tensor, QUERIES: tl.constexpr, WINDOW: tl.constexpr
-) -> tuple[tl.tensor, ...]:
-    """Of a sequence: its tokens, its first query int64, its new tokens, and the oldest token that any of them sees."""
-    kv_len = tl.load(kv_lens + seq)
-    begin, q_len = seq.to(tl.int64), kv_len * 0 + 1
-    if QUERIES > 1:
-        begin = tl.load(cu_q_lens + seq).to(tl.int64)
-        q_len = tl.load(cu_q_lens + seq + 1) - begin.to(tl.int32)
-    oldest = tl.maximum(kv_len - q_len + 1 - WINDOW, 0) if WINDOW > 0 else kv_len * 0
-    return kv_len, begin, q_len, oldest
-
-
 @triton.jit(
     do_not_specialize=["table_stride", "num_seqs", "num_splits", "min_split", "capacity"],
     do_not_specialize_on_alignment=UNALIGNED,
@@ -100,28 +87,28 @@ def paged_decode_kernel_of_runs(
         kv_lens, num_seqs, unit, num_splits, min_split, LONGEST, SEQS, BLOCK_N
     )
     if PDL:
-        kv_len, _, _, oldest = _lengths(cu_q_lens, kv_lens, seq, QUERIES, WINDOW)
+        kv_len, _, _, oldest = lengths(cu_q_lens, kv_lens, seq, QUERIES, WINDOW)
         prefetch_tokens(
             k_head, v_head, page_table + seq.to(tl.int64) * table_stride, oldest + (block - seq_block) * BLOCK_N,
             kv_len, k_stride, v_stride, HEAD_DIM, PAGE_SIZE, BLOCK_N,
         )  # fmt: skip
     wait_for_launch(PDL)
     for _ in range(last - seq + 1):
-        kv_len, begin, q_len, oldest = _lengths(cu_q_lens, kv_lens, seq, QUERIES, WINDOW)
+        kv_len, begin, q_len, oldest = lengths(cu_q_lens, kv_lens, seq, QUERIES, WINDOW)
         next_block = seq_block + num_blocks(kv_len, LONGEST, BLOCK_N)
         stop_block, start = tl.minimum(end_block, next_block), oldest + (block - seq_block) * BLOCK_N
         first_owner = owner(seq_block, each, more)
         part, first_part = unit - first_owner, parts + 2 * first_owner
         if (block < stop_block) & ((start < kv_len) | (part == 0)) & (first_row < q_len * GROUP):
             # Of a window, which differs with q_len, fewer blocks may be seen than were shared out.
-            seen = tl.maximum(tl.cdiv(kv_len - oldest, BLOCK_N), 1)
-            num_parts = owner(seq_block + seen - 1, each, more) - first_owner + 1
+            num_parts = owner(seq_block + num_blocks(kv_len - oldest, 0, BLOCK_N) - 1, each, more) - first_owner + 1
             num_rows = tl.minimum(q_len * GROUP - first_row, PART_ROWS)
-            acc, lse = _attend_rows(
-                q + begin * q_stride, k_head, v_head, page_table + seq.to(tl.int64) * table_stride, sinks, start,
-                tl.minimum(oldest + (stop_block - seq_block) * BLOCK_N, kv_len), kv_len - q_len, kv_head, first_row,
-                num_rows, part == 0, scale_log2, cap_log2, q_stride, k_stride, v_stride, Q_HEAD_STRIDE, GROUP, HEAD_DIM,
-                HEAD_PAD, PAGE_SIZE, CAUSAL, WINDOW, SOFT_CAP, SINKS, QUERIES, ROWS, BLOCK_N, PRECISION, NUM_STAGES,
+            acc, lse = attend_rows(
+                q + begin * q_stride, k_head, v_head, start, start, page_table + seq.to(tl.int64) * table_stride, sinks,
+                start, tl.minimum(oldest + (stop_block - seq_block) * BLOCK_N, kv_len), kv_len - q_len, kv_head,
+                first_row, num_rows, part == 0, scale_log2, cap_log2, q_stride, k_stride, v_stride, Q_HEAD_STRIDE,
+                GROUP, HEAD_DIM, HEAD_PAD, PAGE_SIZE, CAUSAL, WINDOW, SOFT_CAP, SINKS, QUERIES, ROWS, BLOCK_N,
+                PRECISION, NUM_STAGES, False,
             )  # fmt: skip
             finish_part(
                 acc, lse, first_part + part, first_part, num_parts, arrivals + first_part,
@@ -129,31 +116,3 @@ def paged_decode_kernel_of_runs(
                 GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, ROWS, MERGE_ROWS, PARTS,
             )  # fmt: skip
         seq, seq_block, block = seq + 1, next_block, stop_block
-
-
-@triton.jit
-def _attend_rows(
-    q: tl.tensor, k: tl.tensor, v: tl.tensor, table_row: tl.tensor, sinks: tl.tensor, start: tl.tensor, end: tl.tensor,
-    first_new: tl.tensor, kv_head: tl.tensor, first_row: tl.tensor, num_rows: tl.tensor, is_first: tl.tensor,
-    scale_log2: tl.tensor, cap_log2: tl.tensor, q_stride: tl.tensor, k_stride: tl.tensor, v_stride: tl.tensor,
-    Q_HEAD_STRIDE: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr,
-    QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """A tile of rows of the sequence at q over tokens start .. end of it: answers [ROWS, HEAD_PAD], log2 of their sums.
-
-    k, v       of the key head
-    first_new  position of the first query
-    is_first   whether these are the sequence's first tokens, where sinks are counted
-    """
-    query, q_tile, peak, total = begin_rows(
-        q, sinks, kv_head, first_row, num_rows, is_first, q_stride, Q_HEAD_STRIDE, GROUP, HEAD_DIM, HEAD_PAD, ROWS,
-        SINKS,
-    )  # fmt: skip
-    acc, peak, total = attend_span(
-        q_tile, k, v, start, start, table_row, start, end, first_new, query, peak, total, scale_log2, cap_log2,
-        k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE, QUERIES > 1, CAUSAL, WINDOW, SOFT_CAP, ROWS, BLOCK_N,
-        PRECISION, NUM_STAGES, False,
-    )  # fmt: skip
-    divisor = tl.where(total > 0.0, total, 1.0)
-    return acc / divisor[:, None], peak + tl.log2(divisor)

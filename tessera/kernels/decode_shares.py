@@ -103,6 +103,20 @@ def find_share(
 
 
 @triton.jit
+def lengths(
+    cu_q_lens: tl.tensor, kv_lens: tl.tensor, seq: tl.tensor, QUERIES: tl.constexpr, WINDOW: tl.constexpr
+) -> tuple[tl.tensor, ...]:
+    """Of a sequence: its tokens, its first query int64, its new tokens, and the oldest token that any of them sees."""
+    kv_len = tl.load(kv_lens + seq)
+    begin, q_len = seq.to(tl.int64), kv_len * 0 + 1
+    if QUERIES > 1:
+        begin = tl.load(cu_q_lens + seq).to(tl.int64)
+        q_len = tl.load(cu_q_lens + seq + 1) - begin.to(tl.int32)
+    oldest = tl.maximum(kv_len - q_len + 1 - WINDOW, 0) if WINDOW > 0 else kv_len * 0
+    return kv_len, begin, q_len, oldest
+
+
+@triton.jit
 def own_span(
     cu_q_lens: tl.tensor, kv_lens: tl.tensor, num_seqs: tl.tensor, num_splits: tl.tensor, min_split: tl.tensor,
     QUERIES: tl.constexpr, WINDOW: tl.constexpr, SEQS: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -121,11 +135,6 @@ def own_span(
     else:
         seq, split, own_splits, least = tl.program_id(2), tl.program_id(1), num_splits, min_split
         first_part = seq * num_splits
-    kv_len = tl.load(kv_lens + seq)
-    begin, q_len = seq.to(tl.int64), kv_len * 0 + 1
-    if QUERIES > 1:
-        begin = tl.load(cu_q_lens + seq).to(tl.int64)
-        q_len = tl.load(cu_q_lens + seq + 1) - begin.to(tl.int32)
-    oldest = tl.maximum(kv_len - q_len + 1 - WINDOW, 0) if WINDOW > 0 else kv_len * 0
+    kv_len, begin, q_len, oldest = lengths(cu_q_lens, kv_lens, seq, QUERIES, WINDOW)
     size = tl.maximum(tl.cdiv(tl.cdiv(kv_len - oldest, own_splits), BLOCK_N) * BLOCK_N, least)
     return seq.to(tl.int64), split, begin, q_len, kv_len, oldest, oldest + split * size, size, first_part

@@ -1,11 +1,10 @@
 """Decode over pages in Triton: split-KV Flash-Decoding (Dao et al. 2023), the merge fused into the same kernel.
 
 One program attends for one key-value head of one sequence over one span of its tokens, or in `decode_runs` of
-several. The queries of a sequence
-(one, or a few where drafts are checked) and the query heads that share the key head are the rows of its tile, padded
-to the 16 that tensor cores take. `decode_shares` says how sequences are shared out among programs: the grid depends
-on no length, so a CUDA graph may replay it with any. Whichever program of a sequence finishes last merges the parts
-(`decode_merge`). Scores are in units of log2.
+several. The queries of a sequence (one, or a few where drafts are checked) and the query heads that share the key head
+are the rows of its tile, padded to the 16 that tensor cores take. `decode_shares` says how sequences are shared out
+among programs: the grid depends on no length, so a CUDA graph may replay it with any. Whichever program of a sequence
+finishes last merges the parts (`decode_merge`). Scores are in units of log2.
 """
 
 # ruff: noqa: N803 -- what Triton compiles in is written in capitals
@@ -21,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tessera.kernels.decode_attend import attend_span, begin_rows, read_old
+from tessera.kernels.decode_attend import attend_rows, read_old
 from tessera.kernels.decode_merge import Workspace, finish_part
 from tessera.kernels.decode_runs import paged_decode_kernel_of_runs
 from tessera.kernels.decode_shares import Shares, lengths_block, own_span
@@ -66,21 +65,17 @@ def paged_decode_kernel(
     if ((start >= kv_len) & (split > 0)) | (first_row >= q_len * GROUP):
         return
     num_rows = tl.minimum(q_len * GROUP - first_row, PART_ROWS)
-    query, q_tile, peak, total = begin_rows(
-        q + begin * q_stride, sinks, kv_head, first_row, num_rows, split == 0, q_stride, Q_HEAD_STRIDE, GROUP,
-        HEAD_DIM, HEAD_PAD, ROWS, SINKS,
+    acc, lse = attend_rows(
+        q + begin * q_stride, k_head, v_head, keys, values, table_row, sinks, start, end, kv_len - q_len, kv_head,
+        first_row, num_rows, split == 0, scale_log2, cap_log2, q_stride, k_stride, v_stride, Q_HEAD_STRIDE, GROUP,
+        HEAD_DIM, HEAD_PAD, PAGE_SIZE, CAUSAL, WINDOW, SOFT_CAP, SINKS, QUERIES, ROWS, BLOCK_N, PRECISION, NUM_STAGES,
+        EARLY,
     )  # fmt: skip
-    acc, peak, total = attend_span(
-        q_tile, k_head, v_head, keys, values, table_row, start, end, kv_len - q_len, query, peak, total,
-        scale_log2, cap_log2, k_stride, v_stride, HEAD_DIM, HEAD_PAD, PAGE_SIZE, QUERIES > 1, CAUSAL, WINDOW, SOFT_CAP,
-        ROWS, BLOCK_N, PRECISION, NUM_STAGES, EARLY,
-    )  # fmt: skip
-    divisor = tl.where(total > 0.0, total, 1.0)
     heads = tl.num_programs(0) // ROW_TILES
     target = out + (begin * heads + kv_head) * (GROUP * HEAD_DIM)
     first_part = column.to(tl.int64) * capacity + first_part
     finish_part(
-        acc / divisor[:, None], peak + tl.log2(divisor), first_part + split, first_part, tl.cdiv(kv_len - oldest, size),
+        acc, lse, first_part + split, first_part, tl.cdiv(kv_len - oldest, size),
         arrivals + first_part, target, heads, num_rows, first_row, part_out, part_lse,
         GROUP, PART_ROWS, HEAD_DIM, HEAD_PAD, ROWS, MERGE_ROWS, PARTS,
     )  # fmt: skip
@@ -156,10 +151,11 @@ def paged_decode(
     queries = Queries.of(q, k.shape[2])
     block = lengths_block(num_seqs) if shares.balanced else 0
     with_pdl = pdl_on(q.device) if pdl is None else pdl
-    pages, of = (k.stride(2), v.stride(2), page_size), shares
+    pages = (k.stride(2), v.stride(2), page_size)
     kind = _Kind(
-        queries, pages, scores, sinks is not None, of.max_q_len, block, causal, of.one_block, of.runs, with_pdl
-    )
+        queries, pages, scores, sinks is not None, shares.max_q_len, block, causal, shares.one_block, shares.runs,
+        with_pdl,
+    )  # fmt: skip
     launch, columns = _compiled(kind, tuple(options.items()))
     launch(
         (columns, shares.num_units) if shares.balanced else (columns, shares.num_splits, num_seqs),

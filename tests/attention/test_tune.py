@@ -188,6 +188,19 @@ def test_candidates_are_few_and_unlike_and_fit_into_memory(phase: Phase, dtype: 
             assert stored * head_dim * dtype.itemsize <= LEAST_SHARED_MEMORY or options.num_stages == 1
 
 
+def test_equal_runs_are_kept_only_by_candidates_that_take_no_more_room() -> None:
+    """Programs that find none beside the others begin when these are over."""
+    table = Options(0, 32, 1, 4, programs_per_sm=4, min_split=256, balanced_per_sm=8, runs=True)
+    kept = {}
+    for step in tune_space._decode_steps(table):
+        options = tune_space.take(Phase.DECODE, table, step, make_shape(head_dim=32))
+        assert options is not None
+        kept[str(step)] = options.runs
+        larger = any(value > getattr(table, name) for name, value in step.items() if name != "programs_per_sm")
+        assert options.runs is not larger
+    assert True in kept.values() and False in kept.values()
+
+
 def test_few_and_many_sequences_are_searched_in_batches_that_get_their_options() -> None:
     """On an H200, with heads of Llama 3: MANY begins at 33 sequences."""
     assert parts(Phase.DECODE, SHAPE) == (Part.FEW, Part.MANY)

@@ -199,22 +199,6 @@ def test_in_half_types_more_tokens_take_them_beside_the_smallest_weights(monkeyp
     assert len(shapes) == 2 * 4
 
 
-@pytest.mark.parametrize(
-    ("outputs", "inputs", "dtype", "most"),
-    [
-        (1024, 2048, torch.bfloat16, 256),  # 4 MiB
-        (4096, 1024, torch.bfloat16, 64),  # 8 MiB
-        (4096, 1024, torch.float32, 16),  # 16 MiB
-        (4097, 2048, torch.bfloat16, 2),  # more than 16 MiB
-    ],
-)
-def test_how_many_tokens_take_them_follows_the_size_of_the_weight(
-    outputs: int, inputs: int, dtype: torch.dtype, most: int
-) -> None:
-    layer = linear.Linear(inputs, outputs, bias=False, placement=Placement(dtype, torch.device("meta")))
-    assert [tokens for tokens in range(300) if layer.serves_small(tokens)] == list(range(1, most + 1))
-
-
 @needs_kernels
 def test_beside_a_large_weight_only_the_smallest_steps_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 80 * 48 * 4  # of the four

@@ -31,6 +31,22 @@ def test_prepared_linear_computes_the_same_product(num_rows: int, bias: bool) ->
     torch.testing.assert_close(linear(hidden), expected, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "dtype", "most"),
+    [
+        (1024, 2048, torch.bfloat16, 256),  # 4 MiB
+        (4096, 1024, torch.bfloat16, 64),  # 8 MiB
+        (4096, 1024, torch.float32, 16),  # 16 MiB
+        (4097, 2048, torch.bfloat16, 2),  # more than 16 MiB
+    ],
+)
+def test_how_many_tokens_go_to_the_kernel_for_few_follows_the_size_of_the_weight(
+    outputs: int, inputs: int, dtype: torch.dtype, most: int
+) -> None:
+    layer = Linear(inputs, outputs, bias=False, placement=Placement(dtype, torch.device("meta")))
+    assert [tokens for tokens in range(300) if layer.serves_small(tokens)] == list(range(1, most + 1))
+
+
 @pytest.mark.skipif(not packs(torch.float32, torch.device("cpu")), reason="this torch has no oneDNN")
 def test_prepared_linear_lets_go_of_its_weight() -> None:
     linear = _linear(8, 4, bias=False)
