@@ -6,12 +6,17 @@ process and of the client. Processor time, so that a busy machine changes little
 
     python benchmarks/streams.py --streams 256 --tokens 200 --step-ms 1
     python benchmarks/streams.py --streams 64 --tokens 200 --step-ms 20
+    python benchmarks/streams.py --streams 256 --tokens 200 --requests 1024 --step-ms 4
+
+With more requests than streams the next one is sent as one ends, their lengths differ by up to a half, and the times to
+the first token are of those that are sent while others run.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import subprocess
 import sys
 import time
@@ -86,8 +91,8 @@ def be_engine(address: str) -> None:
     engine_process.main()
 
 
-def load(port: int, streams: int, tokens: int, processes: int) -> dict[str, float]:
-    """Tokens a second, and what they cost, of so many streams at once."""
+def load(port: int, streams: int, requests: int, tokens: int, processes: int) -> dict[str, float]:
+    """Tokens a second, what they cost, and when the first one came, of so many streams at once."""
     from tessera.bench.served.client_process import Job
     from tessera.bench.served.load import Call
     from tessera.bench.served.processes import measure
@@ -95,7 +100,9 @@ def load(port: int, streams: int, tokens: int, processes: int) -> dict[str, floa
     api = next(
         each.pid for each in psutil.net_connections("tcp") if each.laddr.port == port and each.status == "LISTEN"
     )
-    calls = [Call(i, [5, 6, 7 + i], tokens, fields={"ignore_eos": True}) for i in range(streams)]
+    source = random.Random(0)
+    lengths = [tokens if requests <= streams else source.randint(tokens // 2, tokens * 3 // 2) for _ in range(requests)]
+    calls = [Call(i, [5, 6, 7 + i], length, fields={"ignore_eos": True}) for i, length in enumerate(lengths)]
     job = Job(f"http://127.0.0.1:{port}/v1", "scripted", calls, timeout_s=120, concurrency=streams)
     measure(job, processes)  # everybody's first time
     process = psutil.Process(api)
@@ -104,10 +111,14 @@ def load(port: int, streams: int, tokens: int, processes: int) -> dict[str, floa
     after = process.cpu_times()
     assert not found.failed, found.failed[0].error
     spent = after.user + after.system - before.user - before.system
+    beside_others = [reply for reply in found.replies if reply.index >= streams] or found.replies
+    first = sorted(1e3 * (reply.token_s[0] - reply.sent_s) for reply in beside_others)
     return {
-        "tokens a second": streams * tokens / found.seconds,
-        "API process, us a token": 1e6 * spent / (streams * tokens),
-        "client, us a token": 1e6 * found.client_cpu_total * found.seconds / (streams * tokens),
+        "tokens a second": sum(lengths) / found.seconds,
+        "API process, us a token": 1e6 * spent / sum(lengths),
+        "client, us a token": 1e6 * found.client_cpu_total * found.seconds / sum(lengths),
+        "first token, ms, median": first[len(first) // 2],
+        "first token, ms, nine of ten": first[len(first) * 9 // 10],
     }
 
 
@@ -129,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=200, help="of each stream")
+    parser.add_argument("--requests", type=int, help="one after the other in each stream; left out: one in each")
     parser.add_argument("--step-ms", type=float, default=1.0, help="time between the tokens of a stream")
     parser.add_argument("--client-processes", type=int, default=1)
     parser.add_argument("--port", type=int, default=8765)
@@ -144,7 +156,8 @@ def main() -> None:
     server = subprocess.Popen(words)
     try:
         wait_for(options.port)
-        found = load(options.port, options.streams, options.tokens, options.client_processes)
+        requests = options.requests or options.streams
+        found = load(options.port, options.streams, requests, options.tokens, options.client_processes)
     finally:
         server.terminate()
         server.wait()

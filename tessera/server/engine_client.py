@@ -25,6 +25,9 @@ MIN_WORK_SECONDS = 0.002
 """Sending what has come may take this long without a rest after it."""
 MAX_REST_SECONDS = 0.005
 """The longest rest, which makes tokens later: chunks beside it are then of several steps anyway."""
+WOKEN_AT_ONCE = 8
+"""Streams that send before requests that have come are looked at: a request takes several turns of the event loop, and
+256 streams keep it for ten milliseconds."""
 STOP_SECONDS = 3.0
 """A stopping engine that is still in a step after this long is killed."""
 STEP_PATIENCE = 10
@@ -163,30 +166,37 @@ class EngineClient:
         while True:
             messages = await next_messages()
             begun = time.monotonic()
-            for message in messages:
-                self._take(message)
-            await asyncio.sleep(0)  # the turn of the streams, which send what has come
+            streams = [stream for message in messages for stream in self._take(message)]
+            streams.sort(key=lambda stream: stream.begun)  # those whose first tokens have come are first
+            for place in range(0, max(1, len(streams)), WOKEN_AT_ONCE):
+                for stream in streams[place : place + WOKEN_AT_ONCE]:
+                    stream.wake()
+                await asyncio.sleep(0)  # the turn of these, which send what has come, and of new requests
             spent = time.monotonic() - begun
             if len(messages) > 1 and spent > MIN_WORK_SECONDS:
                 await asyncio.sleep(min(spent, MAX_REST_SECONDS))
 
-    def _take(self, message: ipc.FromEngine) -> None:
+    def _take(self, message: ipc.FromEngine) -> list[OutputStream]:
+        """Hand on what the engine says; the streams that are to be woken for it."""
+        woken: list[OutputStream] = []
         self._last_heard = time.monotonic()
         if isinstance(message, ipc.Beat) and message.step_seconds > STEP_PATIENCE * self.server.engine_timeout:
             self._give_up(f"the engine's step has run for {message.step_seconds:.0f} s", LONG_STEP_HINT)
-            return
+            return woken
         self._hung = None
         if isinstance(message, ipc.Report):
             self.status = message.status
             self.peak_pages = max(self.peak_pages, message.status.pages_total - message.status.pages_free)
             for output in message.outputs:
-                if stream := self._streams.get(output.request_id):
-                    stream.put(output)
+                stream = self._streams.get(output.request_id)
+                if stream is not None and stream.put(output):
+                    woken.append(stream)
         elif isinstance(message, ipc.Refused):
             if stream := self._streams.get(message.request_id):
                 stream.fail(RequestError(message.message, message.hint, message.param))
         elif isinstance(message, ipc.Crashed):
             self._end(f"the engine stopped on an unexpected error: {message.message}")
+        return woken
 
     async def _watch(self) -> None:
         """Notice an engine process that exists but says nothing."""

@@ -28,6 +28,8 @@ class OutputStream:
         self._waiting: list[Output] = []
         self._failure: TesseraError | None = None
         self._news = asyncio.Event()
+        self.begun = False
+        """Whether outputs have been here before."""
         client.num_unfinished += len(self._unfinished)
 
     @property
@@ -85,14 +87,18 @@ class OutputStream:
             self._client.abort(request_id, index)
             self._finish((request_id, index))
 
-    def put(self, output: Output) -> None:
-        """Hand in an output (the client's receiver)."""
+    def put(self, output: Output) -> bool:
+        """Hand in an output (the client's receiver); whether the stream is to be woken for it."""
         if output.finish_reason == "abort":
             self.fail(EngineDeadError("the engine gave the request up"))
-            return
-        if not self._waiting:
-            self._news.set()
+            return False
         self._waiting.append(output)
+        return len(self._waiting) == 1
+
+    def wake(self) -> None:
+        """Let whoever waits for outputs take them."""
+        self.begun = True
+        self._news.set()
 
     def fail(self, failure: TesseraError) -> None:
         """End the stream with an error, after the outputs that have already come."""

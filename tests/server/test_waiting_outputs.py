@@ -15,11 +15,11 @@ from tessera.config import EngineConfig, ModelConfig, ServerConfig
 from tessera.errors import EngineDeadError
 from tessera.model.source import find_model
 from tessera.server import ipc
-from tessera.server.engine_client import MIN_WORK_SECONDS, EngineClient
+from tessera.server.engine_client import MIN_WORK_SECONDS, WOKEN_AT_ONCE, EngineClient
 from tessera.server.errors import TooManyRequestsError
 from tessera.server.events import EventStream, unless_disconnected
 from tessera.server.generation import Generation, Prompt
-from tessera.server.output_stream import MAX_TAKEN
+from tessera.server.output_stream import MAX_TAKEN, OutputStream
 from tessera.text.request_text import RequestText
 from tessera.text.tokenizer import Tokenizer, load_tokenizer
 from tessera.types import EngineStatus, Output, Request, SamplingParams
@@ -27,11 +27,11 @@ from tessera.types import EngineStatus, Output, Request, SamplingParams
 Test = Callable[[EngineClient, Tokenizer, list[ipc.ToEngine]], Coroutine[Any, Any, None]]
 
 
-def with_client(test: Test) -> None:
+def with_client(test: Test, max_queued_requests: int = 4) -> None:
     """Run `test` with a client that has no engine process, and what is sent to it."""
 
     async def run() -> None:
-        client = EngineClient(EngineConfig(), ServerConfig(max_queued_requests=4))
+        client = EngineClient(EngineConfig(), ServerConfig(max_queued_requests=max_queued_requests))
         sent: list[ipc.ToEngine] = []
         client._socket.send_now = sent.append  # type: ignore[assignment, method-assign]
         try:
@@ -48,7 +48,8 @@ def generation_of(client: EngineClient, tokenizer: Tokenizer, **params: Any) -> 
 
 
 def report(client: EngineClient, *outputs: Output) -> None:
-    client._take(ipc.Report(EngineStatus(), list(outputs)))
+    for stream in client._take(ipc.Report(EngineStatus(), list(outputs))):
+        stream.wake()
 
 
 def test_a_stop_string_among_waiting_tokens_ends_the_text_and_tells_the_engine() -> None:
@@ -134,13 +135,58 @@ def test_only_a_process_that_is_behind_rests_between_its_chunks(num_steps: int, 
                 raise EOFError
             return [ipc.Beat(0.0)] * num_steps
 
-        client._take = lambda _message: time.sleep(work / num_steps)  # type: ignore[assignment, method-assign]
+        def take(_message: ipc.FromEngine) -> list[OutputStream]:
+            time.sleep(work / num_steps)
+            return []
+
+        client._take = take  # type: ignore[assignment, method-assign]
         with pytest.raises(EOFError):
             await client._receive(next_messages)
         shortest = min(b - a for a, b in itertools.pairwise(times))
         assert (shortest > work * 1.9) == rests
 
     with_client(test)
+
+
+def test_new_requests_have_a_turn_beside_many_streams_and_first_tokens_are_sent_first() -> None:
+    """A request takes several turns of the event loop, which all streams together would keep for milliseconds each."""
+    num_streams = 5 * WOKEN_AT_ONCE
+
+    async def test(client: EngineClient, _: Tokenizer, _sent: list[ipc.ToEngine]) -> None:
+        names = [str(number) for number in range(num_streams)]
+        streams = [client.open([Request(name, [1], SamplingParams(max_tokens=9))]) for name in names]
+        report(client, *[Output(name, 0, [5]) for name in names[:-1]])
+        for stream in streams[:-1]:
+            await stream.take()
+        sent: list[str] = []
+        seen: list[int] = []
+
+        async def send(name: str, stream: OutputStream) -> None:
+            await stream.take()
+            sent.append(name)
+
+        async def look() -> None:
+            while True:
+                seen.append(len(sent))
+                await asyncio.sleep(0)
+
+        async def next_messages() -> list[ipc.FromEngine]:
+            if seen:
+                raise EOFError
+            return [ipc.Report(EngineStatus(), [Output(name, 0, [6]) for name in names])]
+
+        tasks = [asyncio.create_task(send(name, stream)) for name, stream in zip(names, streams, strict=True)]
+        await asyncio.sleep(0)
+        looking = asyncio.create_task(look())
+        with pytest.raises(EOFError):
+            await client._receive(next_messages)
+        await asyncio.gather(*tasks)
+        await asyncio.sleep(0)
+        looking.cancel()
+        assert sent == [names[-1], *names[:-1]]
+        assert max(after - before for before, after in itertools.pairwise(seen)) == WOKEN_AT_ONCE
+
+    with_client(test, num_streams)
 
 
 def test_requests_of_one_turn_go_to_the_engine_in_one_message() -> None:

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     path = run_options.out_path("api")
     markdown_path, results_path = options.markdown_path(path), options.results_path()
     _ = options.levels, options.lengths
-    for module in ("aiohttp", "httptools", "rich", "yaml"):
+    for module in ("aiohttp", "rich", "yaml"):
         require(module, "bench", "tessera bench api")
     for flag, file in (("--out", path), ("--markdown", markdown_path), ("--results", results_path)):
         if file is not None:

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from tessera.commands.backends import model_shapes
     from tessera.runner.device import choose_device
 
-    for module in ("aiohttp", "httptools", "matplotlib", "rich", "scipy"):
+    for module in ("aiohttp", "matplotlib", "rich", "scipy"):
         require(module, "bench", "a comparison")
     name, shapes = model_shapes(config)
     device = choose_device(config.device.device).type

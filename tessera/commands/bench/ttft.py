@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     _ = options.lengths
     _refuse_decided(config)
     check_file("--out", path)
-    for module in ("aiohttp", "httptools", "rich"):
+    for module in ("aiohttp", "rich"):
         require(module, "bench", "tessera bench ttft")
     from tessera.bench import benchmark
     from tessera.bench.ttft.benchmark import TtftBenchmark
