@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from types import ModuleType
 
 import torch
 
@@ -36,3 +37,16 @@ def launch_problem(device: torch.device) -> str | None:
         logger.warning("torch's operators serve in place of the fused kernels, for Triton fails: %s", problem)
         return problem
     return None
+
+
+@cache
+def hopper_gate_up_on(device: torch.device) -> ModuleType | None:
+    """`hopper_gate_up.py` where it runs: on a Hopper GPU, with a Triton whose Gluon it knows; else None."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    try:
+        from tessera.kernels import hopper_gate_up
+    except Exception as error:  # Gluon is new, and moves with Triton's versions
+        logger.warning("cuBLAS serves in place of the product for Hopper, which does not import: %s", error)
+        return None
+    return hopper_gate_up

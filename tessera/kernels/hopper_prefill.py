@@ -24,7 +24,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tessera.kernels.dependent import launch_constants, pdl_on, wait_for_launch
 from tessera.kernels.hopper_attend import consume
-from tessera.kernels.hopper_tiles import copy_tile, count_turns, find_keys, find_lens, find_piece, find_slots
+from tessera.kernels.hopper_tiles import (
+    copy_tile,
+    count_turns,
+    find_keys,
+    find_lens,
+    find_piece,
+    find_slots,
+    make_barriers,
+    make_tiles,
+)
 from tessera.kernels.launch import Launcher
 from tessera.kernels.packed import head_parts
 from tessera.kernels.scores import Scores
@@ -63,26 +72,6 @@ def hopper_options(head_dim: int, *, paged: bool) -> HopperOptions:
     if head_dim > 64:
         return HopperOptions(128, 2, stages=2, take_turns=True)
     return HopperOptions(64, 3, 3, take_turns=True) if paged else HopperOptions(128, 3, 2, take_turns=True)
-
-
-@gluon.jit
-def _make_barriers(COUNT: gl.constexpr, STAGES: gl.constexpr) -> gl.shared_memory_descriptor:
-    """One barrier a stage, passed when COUNT have arrived."""
-    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(barriers.index(stage), count=COUNT)
-    return barriers
-
-
-@gluon.jit
-def _make_tiles(
-    dtype: gl.constexpr, NUMBER: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr,
-) -> gl.shared_memory_descriptor:  # fmt: skip
-    """Shared memory for so many tiles; for the tail that no head has (WIDTH 0), the least there can be."""
-    rows: gl.constexpr = ROWS if WIDTH > 0 else 16
-    width: gl.constexpr = WIDTH if WIDTH > 0 else 16
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, width], dtype)
-    return gl.allocate_shared_memory(dtype, [NUMBER, rows, width], layout)
 
 
 @gluon.jit
@@ -191,19 +180,19 @@ def hopper_prefill_kernel(
     ROWS: gl.constexpr = WARPGROUPS * BLOCK_M
     BUFFERS: gl.constexpr = 2 if EARLY else 1
     keys = (
-        _make_tiles(dtype, STAGES, BLOCK_N, MAIN), _make_tiles(dtype, STAGES, BLOCK_N, TAIL),
-        _make_barriers(1, STAGES), _make_barriers(WARPGROUPS, STAGES),
+        make_tiles(dtype, STAGES, BLOCK_N, MAIN), make_tiles(dtype, STAGES, BLOCK_N, TAIL),
+        make_barriers(1, STAGES), make_barriers(WARPGROUPS, STAGES),
     )  # fmt: skip
     values = (
-        _make_tiles(dtype, STAGES, BLOCK_N, MAIN), _make_tiles(dtype, STAGES, BLOCK_N, TAIL),
-        _make_barriers(1, STAGES), _make_barriers(WARPGROUPS, STAGES),
+        make_tiles(dtype, STAGES, BLOCK_N, MAIN), make_tiles(dtype, STAGES, BLOCK_N, TAIL),
+        make_barriers(1, STAGES), make_barriers(WARPGROUPS, STAGES),
     )  # fmt: skip
-    first = (_make_tiles(dtype, BUFFERS, BLOCK_M, MAIN), _make_tiles(dtype, BUFFERS, BLOCK_M, TAIL))
-    second = (_make_tiles(dtype, BUFFERS, BLOCK_M, MAIN), _make_tiles(dtype, BUFFERS, BLOCK_M, TAIL))
+    first = (make_tiles(dtype, BUFFERS, BLOCK_M, MAIN), make_tiles(dtype, BUFFERS, BLOCK_M, TAIL))
+    second = (make_tiles(dtype, BUFFERS, BLOCK_M, MAIN), make_tiles(dtype, BUFFERS, BLOCK_M, TAIL))
     third = first
     if WARPGROUPS == 3:
-        third = (_make_tiles(dtype, BUFFERS, BLOCK_M, MAIN), _make_tiles(dtype, BUFFERS, BLOCK_M, TAIL))
-    turns = _make_barriers(1, WARPGROUPS)
+        third = (make_tiles(dtype, BUFFERS, BLOCK_M, MAIN), make_tiles(dtype, BUFFERS, BLOCK_M, TAIL))
+    turns = make_barriers(1, WARPGROUPS)
     fence_async_shared()
     wait_for_launch(PDL)
     _specialize(

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-_copy_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # by Triton's version
+copy_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # by Triton's version
+_REINTERPRETS: gl.constexpr = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
@@ -88,7 +89,7 @@ def copy_tile(
 ) -> None:  # fmt: skip
     """Start copying BOX tokens from each of `slots`."""
     for part in gl.static_range(BLOCK_N // BOX):
-        _copy_box(desc, [slots[part], column], ready.index(stage), smem.index(stage).slice(part * BOX, BOX, 0))
+        copy_box(desc, [slots[part], column], ready.index(stage), smem.index(stage).slice(part * BOX, BOX, 0))
 
 
 @gluon.jit
@@ -125,3 +126,34 @@ def store_rows(
         real = real & (column < HEAD_DIM)[None, :]
     stored = gl.convert_layout(values.to(out.dtype.element_ty), layout)
     gl.store(out + starts[:, None] + column[None, :], stored, mask=real)
+
+
+@gluon.jit
+def make_barriers(COUNT: gl.constexpr, STAGES: gl.constexpr) -> gl.shared_memory_descriptor:
+    """One barrier a stage, passed when COUNT have arrived."""
+    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(barriers.index(stage), count=COUNT)
+    return barriers
+
+
+@gluon.jit
+def make_tiles(
+    dtype: gl.constexpr, NUMBER: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr,
+) -> gl.shared_memory_descriptor:  # fmt: skip
+    """Shared memory for so many tiles; for the tail that no head has (WIDTH 0), the least there can be."""
+    rows: gl.constexpr = ROWS if WIDTH > 0 else 16
+    width: gl.constexpr = WIDTH if WIDTH > 0 else 16
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, width], dtype)
+    return gl.allocate_shared_memory(dtype, [NUMBER, rows, width], layout)
+
+
+@gluon.jit
+def reuse(ring: gl.shared_memory_descriptor, ROWS: gl.constexpr, WIDTH: gl.constexpr) -> gl.shared_memory_descriptor:
+    """The first bytes of a ring's tiles as one tile of another shape, for numbers of the same type."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], ring.dtype)
+    if _REINTERPRETS:
+        tile = ring.reinterpret(ring.dtype, [ROWS, WIDTH], layout)
+    else:  # as Triton called it up to 3.6
+        tile = ring._reinterpret(ring.dtype, [ROWS, WIDTH], layout)
+    return tile

@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tessera.kernels.fused import fused_on
+from tessera.kernels.fused import fused_on, hopper_gate_up_on
 from tessera.model.layers.linear import Linear
 from tessera.model.layers.norm import RMSNorm
 from tessera.model.layers.parameter import Placement
@@ -47,14 +47,14 @@ class GatedMLP(nn.Module):
             from tessera.kernels.swiglu import swiglu
 
             self._swiglu = swiglu
+        self._hopper = hopper_gate_up_on(placement.device) if self.fused and not bias else None
         self.gate_up = Linear(hidden_size, 2 * size, bias=bias, placement=placement)
         self.down = Linear(size, hidden_size, bias=bias, placement=placement)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden_size] -> [tokens, hidden_size]"""
-        gate_up: Tensor = self.gate_up(hidden)
-        output: Tensor = self.down(self._swiglu(gate_up) if self.fused else self._gated(gate_up))
+        output: Tensor = self.down(self._gated_product(hidden))
         return output
 
     def add_small(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
@@ -64,6 +64,15 @@ class GatedMLP(nn.Module):
         else:
             gated = self._gated(self.gate_up.small(hidden, norm=norm))
         return self.down.small(gated, residual=hidden)
+
+    def _gated_product(self, hidden: Tensor) -> Tensor:
+        """activation(gate(hidden)) * up(hidden), [tokens, size]; of few tokens in one launch where a kernel does so."""
+        weight = self.gate_up.weight
+        if self._hopper is not None and self._hopper.serves_gate_up(hidden.shape[0], weight):
+            product: Tensor = self._hopper.gate_up(hidden, weight)
+            return product
+        gate_up: Tensor = self.gate_up(hidden)
+        return self._swiglu(gate_up) if self.fused else self._gated(gate_up)
 
     def _gated(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
