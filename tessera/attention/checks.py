@@ -30,6 +30,13 @@ ALIKE = {
     Phase.VISION: ((64, 64), (33, 33), (130, 130), (1, 1), (64, 64)) * 2,
 }
 """Lengths of sequences that batch invariance is asked of."""
+MANY = Workload(tuple((1, kv_len + i) for i in range(6) for kv_len in (1, 64, 17, 300, 2, 130, 33, 90)))
+MANY_KV_HEADS = 8
+"""Times the sequences of MANY more than two for each multiprocessor of any GPU so far (188 of them): kernels may be
+compiled and share work out otherwise for so many, as long as a few have tokens enough to be split.
+"""
+MANY_HEAD_DIMS = (64, 128)
+"""Sizes of heads that they may differ in."""
 
 
 class NotClaimed(Exception):  # noqa: N818 - nothing is wrong
@@ -110,6 +117,21 @@ def random_batches(subject: Subject) -> Problems:
         asked = Workload(lens, window=draw.randint(1, 200) if windowed else None)
         found += [f"{problem} for {describe(asked)}" for problem in workload(subject, asked, seed=seed)]
     return found[:1]
+
+
+def many_sequences(subject: Subject) -> Problems:
+    """So many sequences of unlike lengths that they fill a GPU, and a few after them by the same instance."""
+    counts: dict[str, Any] = {"num_q_heads": MANY_KV_HEADS * subject.base.group, "num_kv_heads": MANY_KV_HEADS}
+    found = []
+    for size in [size for size in MANY_HEAD_DIMS if size in subject.limits.head_dims] or [subject.base.head_dim]:
+        cases = [
+            subject.case(asked, head_dim=size, scale=size**-0.5, **counts) for asked in (MANY, MIXED[subject.phase])
+        ]
+        bound = subject.backend(subject.phase, cases[0].shape)
+        for case in cases:
+            of = f"{len(case.batch.kv_lens_cpu)} sequences, heads of {size}"
+            found += [f"{problem} ({of})" for problem in case.problems(case.answer_of(bound))]
+    return found
 
 
 def strided_inputs(subject: Subject) -> Problems:

@@ -25,7 +25,9 @@ _LONGEST = 8192
 def self_test(backends: Iterable[AttentionBackend[Any]]) -> None:
     """Raise BackendError for the first of bound `backends` that answers wrongly or not at all.
 
-    Takes milliseconds a backend on a CPU; on a GPU it also compiles what is compiled at first use.
+    Takes milliseconds a backend on a CPU; on a GPU it also compiles what is compiled at first use. Batches are of few
+    sequences: as many as fill a GPU take a CPU ten times as long, and would have each candidate of tuning compiled
+    twice. `tessera verify` asks for those (`checks.many_sequences`).
     """
     for backend in backends:
         if problem := self_test_problem(backend):

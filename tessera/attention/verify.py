@@ -215,6 +215,8 @@ def _tests(limits: Limits, phase: Phase) -> Iterator[tuple[str, str, str, Test]]
             yield "page_size", str(size), f"pages of {size}", partial(checks.page_size, size=size)
     yield "use", "scale", "a scale other than 1/sqrt(head_dim)", checks.scale
     yield "use", "random_batches", "sequences of any length", checks.random_batches
+    if phase is Phase.DECODE:
+        yield "use", "many_sequences", "as many sequences as fill a GPU", checks.many_sequences
     yield "use", "strided_inputs", "inputs that are slices of wider tensors", checks.strided_inputs
     if phase is not Phase.VISION:
         yield "use", "wide_page_table", "a page table that is a slice of a buffer", checks.wide_page_table
