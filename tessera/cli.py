@@ -12,9 +12,12 @@ from tessera import __version__, log
 from tessera.commands import backends, chat, generate, serve, tune, verify
 from tessera.commands.bench import command as bench
 from tessera.commands.flags import Parser
+from tessera.commands.interrupts import EXIT_CODE, raise_on_interrupt
 from tessera.environment import check_environment
 from tessera.errors import ConfigError, TesseraError
 
+INTERRUPTIBLE = ("serve", "tune", "bench")
+"""Commands that end what they began when they are interrupted, also while they start."""
 COMMANDS = {
     "serve": serve,
     "generate": generate,
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
-        return 130
+        return EXIT_CODE
     except BrokenPipeError:  # the reader of our output has gone: nothing more to say to it
         sys.stdout = None
         return 0
@@ -61,6 +64,8 @@ def _run(argv: list[str]) -> int:
         sys.stdout.write(f"tessera {__version__}\n")
         return 0
     log.set_up(args.log_level)
+    if args.command in INTERRUPTIBLE:
+        raise_on_interrupt()
     code: int = COMMANDS[args.command].run(args)
     return code
 

@@ -79,14 +79,18 @@ class SamplingParams:
 
 def _normalise(params: SamplingParams) -> None:
     """Bring the spellings vLLM takes (`stop="x"`, None for no stops, top_k=-1) into one form."""
-    given: dict[str, object] = {"stop": params.stop, "stop_token_ids": params.stop_token_ids}
-    for name, value in given.items():
-        if value is None:
-            object.__setattr__(params, name, [])
-        elif isinstance(value, str):
-            object.__setattr__(params, name, [value])
-        elif not isinstance(value, list):
-            raise RequestError(f"{name} must be a list, got {value!r:.60}", param=name)
+    stop: object = params.stop
+    if isinstance(stop, str):
+        object.__setattr__(params, "stop", [stop])
+    elif stop is None:
+        object.__setattr__(params, "stop", [])
+    elif not isinstance(stop, list):
+        raise RequestError(f"stop must be a string or a list of strings, got {stop!r:.60}", param="stop")
+    ids: object = params.stop_token_ids
+    if ids is None:
+        object.__setattr__(params, "stop_token_ids", [])
+    elif not isinstance(ids, list):
+        raise RequestError(f"stop_token_ids must be a list of token ids, got {ids!r:.60}", param="stop_token_ids")
     if params.top_k == -1:
         object.__setattr__(params, "top_k", 0)
 
@@ -125,7 +129,7 @@ def _check_logit_bias(biases: object) -> None:
             param="logit_bias",
         )
     for token_id, bias in biases.items():
-        _check_int("logit_bias", token_id, 0, 2**31 - 1)
+        _check_token_id("logit_bias", token_id)
         _check_float("logit_bias", bias, -100.0, 100.0)
 
 
@@ -144,7 +148,14 @@ def _check_stops(params: SamplingParams) -> None:
                 f"stop must be strings of 1 to {MAX_STOP_CHARACTERS} characters, got {text!r:.60}", param="stop"
             )
     for token_id in params.stop_token_ids:
-        _check_int("stop_token_ids", token_id, 0, 2**31 - 1)
+        _check_token_id("stop_token_ids", token_id)
+
+
+def _check_token_id(name: str, value: object) -> None:
+    try:
+        _check_int(name, value, 0, 2**31 - 1)
+    except RequestError as error:
+        raise RequestError(f"a token id of {error.message}", param=name) from None
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

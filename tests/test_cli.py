@@ -21,7 +21,7 @@ from tessera.commands.serve import describe
 from tessera.config import EngineConfig, ServerConfig, section_types, settings_of
 from tessera.types import AttentionBucket, AttentionChoice, AttentionProof, EngineInfo, KernelUse, SamplingParams
 
-TESSERA = (sys.executable, "-m", "tessera.cli")
+TESSERA = (sys.executable, "-m", "tessera")
 SMALL = ("--num-pages", "100", "--max-model-len", "512", "--dtype", "float32", "--cpu-threads", "1")
 
 
@@ -117,13 +117,15 @@ def test_input_that_is_no_text_gets_a_sentence(command: str) -> None:
 
 
 def test_the_start_table_says_why_the_other_backends_lost() -> None:
-    choice = AttentionChoice("decode", "a", "it is first", {"b": ["no GPU", "no bfloat16"], "c": ["slower"]})
+    choice = AttentionChoice(
+        "decode", "a", "it is first", {"b": ["no GPU", "no bfloat16"], "c": ["slower"], "d": ["slower"]}
+    )
     info = EngineInfo("m", "n", "float32", "cpu", 9, 9, [], 16, 9, 9, 9, [choice])
     rows = describe(info)
     assert rows[-3:] == [
         ("decode attention", "a (it is first)"),
         ("", "not b: no GPU; no bfloat16"),
-        ("", "not c: slower"),
+        ("", "not c, d: slower"),
     ]
 
 

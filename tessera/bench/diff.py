@@ -83,6 +83,11 @@ class Difference:
         """Significant, and worse by more than the threshold."""
         return [change for change in self.changes if change.outcome == "worse"]
 
+    @property
+    def judged(self) -> list[Change]:
+        """Those with a verdict; all others say nothing of the code, neither good nor bad."""
+        return [change for change in self.changes if change.outcome not in ("too few runs", "not judged")]
+
 
 def difference(
     before: Sequence[Record],

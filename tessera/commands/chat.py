@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from tessera.commands.flags import Parser, add_model, add_sampling, engine_config, sampling
+from tessera.commands.interrupts import raise_on_interrupt
 from tessera.errors import RequestError
 from tessera.types import SamplingParams
 
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from tessera.commands.local import LocalModel
 
     model = LocalModel(config, chats=True)
+    raise_on_interrupt()  # which ends an answer, not the process
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     sys.stderr.write(f"{model.engine.info.model}. /exit or Ctrl-D ends, /clear forgets, Ctrl-C stops an answer.\n")
     with contextlib.suppress(ImportError):

@@ -75,5 +75,8 @@ def _attention_rows(choice: AttentionChoice) -> list[tuple[str, str]]:
         for bucket in choice.buckets
         for times in (" (ms: " + ", ".join(f"{name} {ms:.3f}" for name, ms in bucket.times_ms.items()) + ")",)
     ]
-    others = [("", f"not {name}: {'; '.join(reasons)}") for name, reasons in choice.rejected.items()]
+    names: dict[str, list[str]] = {}
+    for name, reasons in choice.rejected.items():
+        names.setdefault("; ".join(reasons), []).append(name)
+    others = [("", f"not {', '.join(those)}: {reason}") for reason, those in names.items()]  # as many say the same
     return [(f"{choice.phase} attention", f"{choice.backend} ({choice.reason})"), *proofs, *buckets, *others]

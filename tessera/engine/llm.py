@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence as Items
 from typing import Any
 
 from tqdm import tqdm
 
-from tessera.config import EngineConfig
 from tessera.engine.build import build_engine
 from tessera.engine.garbage import keep_what_is_there
+from tessera.engine.keywords import config_of, keywords_for_flags
+from tessera.engine.prompts import Prompt as Prompt
+from tessera.engine.prompts import each_conversation, each_prompt, params_for, read_prompt
 from tessera.environment import check_environment
-from tessera.errors import RequestError
 from tessera.model.source import find_model
 from tessera.text.request_text import RequestText
 from tessera.text.tokenizer import Tokenizer, load_tokenizer
 from tessera.types import EngineInfo, EngineStatus, Request, RequestOutput, SamplingParams
-
-Prompt = str | list[int] | dict[str, Any]
-"""Text, token ids, or vLLM's `{"prompt": ...}` and `{"prompt_token_ids": ...}`."""
 
 
 class LLM:
@@ -27,14 +26,18 @@ class LLM:
 
     Settings are those of `tessera serve`, as keywords (`LLM("folder", dtype="float32", page_size=16)`); an
     unknown one raises ConfigError. Raises TesseraError where the model cannot be loaded.
+
+    Threads may share it: calls of `generate` and `chat` are served one after the other.
     """
 
+    @keywords_for_flags()
     def __init__(self, model: str | None = None, *, progress: bool = False, **settings: Any) -> None:
         check_environment()
-        config = EngineConfig.from_flat({"model": model, **settings})
+        config = config_of({"model": model, **settings})
         self._engine = build_engine(config, progress=progress)
         self._tokenizer = load_tokenizer(find_model(config.model), config.model)
         self._ids = itertools.count()
+        self._lock = threading.Lock()
 
     @property
     def info(self) -> EngineInfo:
@@ -50,6 +53,7 @@ class LLM:
         """The model's tokenizer."""
         return self._tokenizer
 
+    @keywords_for_flags()
     def generate(
         self,
         prompts: Prompt | Items[Prompt],
@@ -60,21 +64,23 @@ class LLM:
         """Continue every prompt; the results stand in the order of the prompts.
 
         `sampling_params` is one for all or one a prompt. RequestError, before anything is computed, where
-        a prompt cannot be served.
+        a prompt cannot be served. A call from another thread waits until this one has its results.
         """
-        listed = _as_list(prompts)
-        params = _params_for(listed, sampling_params)
-        texts = [self._start(prompt, each) for prompt, each in zip(listed, params)]
-        try:
-            for text in texts:
-                self._engine.add(text.request)
-            self._run({text.request.request_id: text for text in texts}, use_tqdm)
-        except BaseException:  # Ctrl-C included: the next call must find an idle engine
-            for text in texts:
-                self._engine.abort(text.request.request_id)
-            raise
+        places = each_prompt(prompts)
+        params = params_for(len(places), sampling_params)
+        texts = [self._start(prompt, place, each) for (place, prompt), each in zip(places, params)]
+        with self._lock:
+            try:
+                for text in texts:
+                    self._engine.add(text.request)
+                self._run({text.request.request_id: text for text in texts}, use_tqdm)
+            except BaseException:  # Ctrl-C included: the next call must find an idle engine
+                for text in texts:
+                    self._engine.abort(text.request.request_id)
+                raise
         return [text.result() for text in texts]
 
+    @keywords_for_flags()
     def chat(
         self,
         messages: Items[dict[str, Any]] | Items[Items[dict[str, Any]]],
@@ -83,35 +89,20 @@ class LLM:
         add_generation_prompt: bool = True,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several, through the model's chat template."""
-        conversations: list[Any] = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        """Answer one conversation, or each of several, through the model's chat template.
+
+        RequestError, before anything is computed, where a message cannot be taken; threads wait as in `generate`.
+        """
         prompts: list[Prompt] = []
-        for conversation in conversations:
-            text = self._tokenizer.render_chat(list(conversation), add_generation_prompt=add_generation_prompt)
-            prompts.append({"prompt": text, "prompt_token_ids": self._encode(text, special=False)})
+        for conversation in each_conversation(messages):
+            text = self._tokenizer.render_chat(conversation, add_generation_prompt=add_generation_prompt)
+            token_ids = self._tokenizer.encode(text, add_special_tokens=False)
+            prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def _start(self, prompt: Prompt, params: SamplingParams) -> RequestText:
-        text, token_ids = self._tokenize(prompt)
+    def _start(self, prompt: object, place: str, params: SamplingParams) -> RequestText:
+        text, token_ids = read_prompt(prompt, place, self._tokenizer)
         return RequestText(Request(str(next(self._ids)), token_ids, params), self._tokenizer, text)
-
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, str):
-            return prompt, self._encode(prompt, special=True)
-        if isinstance(prompt, list):
-            return None, prompt
-        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-        if unknown or not prompt:
-            raise RequestError(
-                f"a prompt has the keys {sorted(prompt)}, only prompt and prompt_token_ids are taken", param="prompt"
-            )
-        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        if ids is None and not isinstance(text, str):
-            raise RequestError(f"prompt must be text, got {text!r:.60}", param="prompt")
-        return text, list(ids) if ids is not None else self._encode(str(text), special=True)
-
-    def _encode(self, text: str, *, special: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=special)
 
     def _run(self, texts: dict[str, RequestText], use_tqdm: bool) -> None:
         with keep_what_is_there(), tqdm(total=len(texts), desc="requests", unit="req", disable=not use_tqdm) as bar:
@@ -125,19 +116,3 @@ class LLM:
                         self._engine.abort(output.request_id, output.index)
                     if text.finished:
                         bar.update()
-
-
-def _as_list(prompts: Prompt | Items[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | dict) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _params_for(prompts: list[Prompt], params: SamplingParams | Items[SamplingParams] | None) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * len(prompts)
-    if len(params) != len(prompts):
-        raise RequestError(
-            f"{len(prompts)} prompts were given and {len(params)} sampling_params", "give one for all or one a prompt"
-        )
-    return list(params)

@@ -19,7 +19,7 @@ from tessera.model.source import ModelSource
 from tessera.model.spec import ModelSpec
 from tessera.model.spec_gguf import spec_from_gguf
 from tessera.model.spec_hf import spec_from_folder
-from tessera.model.weights import load_safetensors
+from tessera.model.weights import find_shards, load_safetensors
 
 FAMILIES: dict[str, type[Llama] | type[GPT2]] = {
     "llama": Llama,
@@ -36,6 +36,13 @@ def load_spec(source: ModelSource) -> ModelSpec:
     if source.kind == "gguf":
         return spec_from_gguf(GGUFFile(source.path))
     return spec_from_folder(source.path)
+
+
+def check_model(source: ModelSource, *, load_format: Literal["auto", "dummy"] = "auto") -> None:
+    """ModelError, before any weight is read, where the model is not supported or lacks weights that it needs."""
+    load_spec(source)
+    if source.kind == "folder" and load_format != "dummy" and not source.random:
+        find_shards(source.path)
 
 
 def load_model(

@@ -111,13 +111,15 @@ def _text_of(message: Message, i: int) -> str:
     if isinstance(message.content, str):
         return message.content
     if message.content is None:
-        raise RequestError(f"messages[{i}] has no content", param=f"messages[{i}].content")
+        raise RequestError(f"messages[{i}] has no content", "give a text", param=f"messages[{i}].content")
     return "\n".join(_text_part(part, f"messages[{i}].content[{j}]") for j, part in enumerate(message.content))
 
 
 def _text_part(part: ContentPart, at: str) -> str:
-    if part.type != "text" or part.text is None:
-        raise RequestError(f"{at} is of type {part.type!r:.60}, only text is taken", param=at)
+    if part.type != "text":
+        raise RequestError(f"{at} is of type {part.type!r:.60}, only text is taken", "send text parts alone", param=at)
+    if part.text is None:
+        raise RequestError(f"{at} has no text", "put it in the field 'text'", param=at)
     return part.text
 
 

@@ -19,6 +19,7 @@ from tessera.errors import ConfigError
 from tessera.log import logger
 from tessera.model.source import ModelSource, find_model
 from tessera.server.app import build_app
+from tessera.server.connection import Connection
 from tessera.server.engine_client import PROGRAM, EngineClient
 from tessera.server.service import Service, max_token_characters
 from tessera.text.tokenizer import Tokenizer, load_tokenizer
@@ -132,6 +133,7 @@ async def _listen(
     http = HttpServer(
         uvicorn.Config(
             app,
+            http=Connection,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -141,6 +143,7 @@ async def _listen(
             timeout_graceful_shutdown=round(DRAIN_SECONDS + 2),
         )
     )
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # no HTTP: anybody could fill the log with that
     _on_signals(lambda: _stop(http, client))
     announce(url_of(client.server, listener))
     mourner = asyncio.create_task(_end_after_death(http, client))
@@ -166,7 +169,7 @@ def _stop(http: HttpServer, client: EngineClient) -> None:
     wait = 0.0 if http.should_exit else DRAIN_SECONDS
     logger.info("stopping")
     http.should_exit = True
-    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # what is cut off from here on is cut off on purpose
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off from here on is cut off on purpose
     asyncio.get_running_loop().call_later(wait, client.fail_all, "the server is shutting down")
 
 

@@ -6,7 +6,6 @@ server does not do are accepted only with a value that asks for nothing (`REFUSE
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal, TypeVar
@@ -14,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from tessera.errors import RequestError
+from tessera.server.field_errors import field_error
 from tessera.types import SamplingParams
 
 MAX_BODY_BYTES = 32 * 2**20
@@ -191,10 +191,12 @@ def parse_body(raw: bytes, kind: type[BodyT]) -> BodyT:
     """A request body of type `kind`; RequestError that names the field at fault."""
     try:
         body = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"the body is not valid JSON: {error}") from None
+    except RecursionError:
+        raise RequestError("the body is nested too deeply", "no field needs more than a few levels") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"the body is not valid JSON: {error}", "look at that place, or at its quotes") from None
     if not isinstance(body, dict):
-        raise RequestError("the body must be a JSON object")
+        raise RequestError(f"the body must be a JSON object, got {body!r:.80}", "put the fields in braces")
     if "best_of" in body and body["best_of"] == (body.get("n") or 1):
         del body["best_of"]  # the best n of n are all of them
     _refuse(body, REFUSED, kind, "")
@@ -210,7 +212,7 @@ def parse_body(raw: bytes, kind: type[BodyT]) -> BodyT:
     try:
         return msgspec.convert(body, kind, str_keys=True)
     except msgspec.ValidationError as error:
-        raise _field_error(str(error)) from None
+        raise field_error(str(error), body) from None
 
 
 def _refuse(body: dict[str, Any], refused: Mapping[str, tuple[Any, ...]], kind: type[msgspec.Struct], at: str) -> None:
@@ -220,18 +222,6 @@ def _refuse(body: dict[str, Any], refused: Mapping[str, tuple[Any, ...]], kind: 
         # by type too: 1 == True, and NaN equals nothing
         if not any(value == nothing and type(value) is type(nothing) for nothing in refused[name]):
             raise RequestError(f"{at}{name} is not supported: {value!r:.80}", "leave it out", param=at + name)
-
-
-def _field_error(message: str) -> RequestError:
-    """A message of msgspec as a sentence that names the field: "Expected `int`, got `str` - at `$.n`"."""
-    what, _, place = message.partition(" - at ")
-    path = match[1] if (match := re.search(r"`\$\.?([^`]*)`", place)) else ""
-    if match := re.fullmatch(r"Object (?:contains unknown|missing required) field `(.*)`", what, re.DOTALL):
-        path = f"{path}.{match[1]}" if path else match[1]
-        if "unknown" in what:
-            return RequestError(f"unknown field {path[:200]!r}", "leave it out", param=path[:200])
-        return RequestError(f"the field {path!r} is missing", param=path)
-    return RequestError(f"{path or 'the body'}: {what[:1].lower()}{what[1:]}"[:400], param=path[:200] or None)
 
 
 def sampling_params(body: SamplingBody, *, default_max_tokens: int | None, **given: Any) -> SamplingParams:

@@ -10,6 +10,8 @@ from tessera.errors import ModelError, RequestError
 from tessera.text.sandbox import Sandbox
 
 MAX_SOURCE_CHARACTERS = 2**20
+ROLES = ("system", "developer", "user", "assistant")
+"""Of messages; developer is OpenAI's newer name for system."""
 
 
 class ChatTemplate:
@@ -52,25 +54,32 @@ class ChatTemplate:
             ) from None
 
 
-def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of the messages in which content is a text: text parts are joined by newlines.
+def plain_messages(messages: list[dict[str, Any]], place: str = "messages") -> list[dict[str, Any]]:
+    """Copies of the messages in which content is a text: text parts are joined by newlines; developer is system.
 
-    RequestError for an empty list, a message without a role, and content that is no text.
+    RequestError, in which the messages are called `place`, for an empty list, a message without a role or with one
+    not in ROLES, and content that is missing or no text.
     """
-    if not isinstance(messages, list) or not messages:
-        raise RequestError("messages must be a list of at least one message", param="messages")
-    return [_plain_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    if not isinstance(messages, list):
+        raise RequestError(f"{place} must be a list of messages, got {messages!r:.80}", param=place)
+    if not messages:
+        raise RequestError(f"{place} is empty", "send at least one message", param=place)
+    return [_plain_message(message, f"{place}[{i}]") for i, message in enumerate(messages)]
 
 
 def _plain_message(message: Any, place: str) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise RequestError(f"{place} must be an object with a role, got {message!r:.80}", param=place)
-    content = message.get("content")
+    role, content = message["role"], message.get("content")
+    if role not in ROLES:
+        raise RequestError(f"{place}.role must be one of {', '.join(ROLES)}, got {role!r:.40}", param=f"{place}.role")
+    if content is None:
+        raise RequestError(f"{place} has no content", param=f"{place}.content")
     if isinstance(content, list):
         content = "\n".join(_part_text(part, f"{place}.content[{i}]") for i, part in enumerate(content))
-    if not isinstance(content, str | None):
+    if not isinstance(content, str):
         raise RequestError(f"{place}.content must be a text, got {content!r:.80}", param=f"{place}.content")
-    return {**message, "content": content}
+    return {**message, "role": "system" if role == "developer" else role, "content": content}
 
 
 def _part_text(part: Any, place: str) -> str:

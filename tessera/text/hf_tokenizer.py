@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from tessera.text.parts import TokenizerParts
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _HINT = "give another tokenizer with --tokenizer FOLDER"
+_LONGEST = 300
+"""Characters quoted of an error that is not ours."""
 
 
 def folder_parts(path: Path) -> TokenizerParts:
@@ -47,14 +50,20 @@ def _through_transformers(folder: Path) -> Tokenizer:
     try:
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"{folder} holds no tokenizer.json, and transformers finds no tokenizer: {first}", _HINT
+            f"{folder} holds no tokenizer.json, and transformers finds no tokenizer: {_first_sentence(error)}", _HINT
         ) from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise ModelError(f"{folder} holds a {type(loaded).__name__}, which has no fast form", _HINT)
     return backend
+
+
+def _first_sentence(error: Exception) -> str:
+    """Of a message, whose sentences may go over several lines: a whole one without its full stop, or its beginning."""
+    text = " ".join(str(error).split())
+    first = re.split(r"(?<=[.!?]) (?=[A-Z])", text, maxsplit=1)[0].rstrip(" .:")
+    return f"{first[:_LONGEST]}..." if len(first) > _LONGEST else first or type(error).__name__
 
 
 def _read_json(file: Path) -> dict[str, Any]:

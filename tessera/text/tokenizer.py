@@ -105,10 +105,12 @@ def _check_whole_characters(text: str) -> None:
         ) from None
 
 
-def load_tokenizer(source: ModelSource, config: ModelConfig) -> Tokenizer:
+def load_tokenizer(source: ModelSource, config: ModelConfig, *, computes: bool = True) -> Tokenizer:
     """The tokenizer of a model, or the one that `config.tokenizer` names, with `config.chat_template` if given.
 
     ConfigError where a named file does not exist; ModelError where the model brings no tokenizer or a damaged one.
+    Where only transformers could read it, which takes seconds, ModelError for a model that cannot be loaded either:
+    its config or its missing weights are then what the user must mend. `computes=False` where nobody will load it.
     """
     template = _read_template(Path(config.chat_template)) if config.chat_template is not None else None
     path = source.path if config.tokenizer is None else Path(config.tokenizer)
@@ -116,6 +118,10 @@ def load_tokenizer(source: ModelSource, config: ModelConfig) -> Tokenizer:
         raise ConfigError(
             f"no tokenizer at {path}", "--tokenizer takes a folder, a tokenizer.json or a .gguf file that exists"
         )
+    if computes and path.is_dir() and not (path / "tokenizer.json").exists():
+        from tessera.model.registry import check_model  # imports torch, as transformers does
+
+        check_model(source, load_format=config.load_format)
     return Tokenizer(_read_parts(path), template)
 
 

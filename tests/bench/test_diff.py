@@ -69,11 +69,35 @@ def test_what_is_worse_by_less_than_the_threshold_is_no_regression(tmp_path: Pat
 
 
 def test_one_run_each_cannot_tell_a_run_from_the_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path, first(4000, 1), again(1000, 1)) == 0
+    assert run(tmp_path, first(4000, 1), again(1000, 1)) == 3
     assert "one run each: cannot tell a run from the code" in capsys.readouterr().out
-    assert run(tmp_path, first(4000, 2), again(1000, 2)) == 0
+    assert run(tmp_path, first(4000, 2), again(1000, 2)) == 3
     assert "fewer than 3 runs a side" in capsys.readouterr().out
     assert run(tmp_path, first(4000, 3), again(1000, 3)) == 1
+
+
+def test_where_nothing_could_be_judged_is_neither_a_pass_nor_a_regression(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, first(4000, 1), again(4000, 1)) == 3
+    text = capsys.readouterr().out
+    assert text.endswith("\nnothing could be judged\n\nhint: three runs a side give a verdict\n")
+    assert run(tmp_path, first(4000, 1), again(4000, 1), "--json") == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["judged"] == 0 and found["changes"]
+    a = [replace(each, metrics=each.metrics | {"zeal": 1.0}) for each in first()]
+    assert run(tmp_path, a, a, "--metric", "zeal") == 3
+    assert "hint: name metrics that have a better side with --metric" in capsys.readouterr().out
+
+
+def test_a_verdict_on_a_part_says_on_how_much(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def some(name: str) -> list[Record]:
+        return [*runs_of({"naive": 3000}, name), *runs_of({"triton": 4000}, name, 1)]
+
+    assert run(tmp_path, some("a"), some("bb"), "--metric", "output_tok_s") == 0
+    assert "no regression beyond 3.0% in the 1 of 2 that could be judged; compared" in capsys.readouterr().out
+    assert run(tmp_path, first(), again(4000), "--metric", "output_tok_s") == 0
+    assert "no regression beyond 3.0%; compared" in capsys.readouterr().out
 
 
 def test_runs_that_lie_apart_are_no_difference_of_the_code() -> None:
@@ -105,7 +129,7 @@ def test_what_the_command_promises_of_runs_is_in_its_help(capsys: pytest.Capture
     with pytest.raises(SystemExit):
         main(["bench", "diff", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "at least three runs a side" in text and "Exit code 0: no regression, or too few runs" in text
+    assert "at least three runs a side" in text and "3: nothing could be judged" in text
 
 
 def test_runs_that_took_turns_are_compared_in_pairs() -> None:
@@ -216,14 +240,14 @@ def test_which_way_is_better(metric: str, better: bool | None) -> None:
 
 def test_rows_that_one_file_lacks_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = offline({"naive": 3000, "triton": 4000}), offline({"naive": 3000, "flash_attn:4": 5000})
-    assert run(tmp_path, a, b) == 0
+    assert run(tmp_path, a, b) == 3
     text = capsys.readouterr().out
     assert "only in the first file: workload=rose triton (offline)" in text
     assert "only in the second file: workload=rose flash_attn:4 (offline)" in text
 
 
 def test_json_has_every_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path, offline({"triton": 4000}, 1), again(3000), "--json", "--metric", "output_tok_s") == 0
+    assert run(tmp_path, offline({"triton": 4000}, 1), again(3000), "--json", "--metric", "output_tok_s") == 3
     found = json.loads(capsys.readouterr().out)
     (change,) = found["changes"]
     assert (

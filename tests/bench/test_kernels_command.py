@@ -71,6 +71,14 @@ def test_json_is_one_object_a_row_and_a_failed_row_is_the_exit_code(
     assert rows[-1]["case"]["workload"] == "2q1s40_q20" and "MemoryError" in rows[-1]["reason"]
 
 
+def test_where_no_backend_that_was_named_can_run_the_exit_code_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "rows.jsonl")
+    assert cli.main(["bench", "kernels", "--backends", "triton", *SMALL, "--out", out]) == 1
+    assert "0/2 runs succeeded" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

@@ -84,3 +84,17 @@ def test_the_same_file_twice_is_read_once(tmp_path: Path, capsys: pytest.Capture
     path = str(tmp_path / "rows.jsonl")
     assert main(["bench", "report", path, path, "--out", str(tmp_path / "page.html")]) == 0
     assert "5 repeats" in capsys.readouterr().out
+
+
+def test_the_page_lies_beside_its_rows_where_no_place_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("results", "more"):
+        (tmp_path / name).mkdir()
+        append(tmp_path / name / "offline.jsonl", offline({"naive": 3000, "triton": 4000}, at=where(run=name)))
+    assert main(["bench", "report", "results/", "more/offline.jsonl"]) == 0
+    assert "wrote results/report.html" in capsys.readouterr().err
+    assert main(["bench", "report", "more/offline.jsonl"]) == 0
+    pages = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.html")]
+    assert sorted(pages) == ["more/report.html", "results/report.html"]

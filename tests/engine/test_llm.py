@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -145,6 +146,13 @@ def test_token_ids_outside_the_vocabulary_are_refused(llm: LLM) -> None:
             llm.generate(prompt, use_tqdm=False)
 
 
+def test_threads_that_share_a_model_are_served_one_after_the_other(llm: LLM) -> None:
+    expected = [texts(llm.generate(prompt, sampled(7), use_tqdm=False)) for prompt in PROMPTS[:3]]
+    with ThreadPoolExecutor(3) as threads:
+        results = threads.map(lambda prompt: llm.generate(prompt, sampled(7), use_tqdm=False), PROMPTS[:3])
+        assert [texts(result) for result in results] == expected
+
+
 def test_unknown_settings_and_arguments_raise() -> None:
     with pytest.raises(ConfigError, match="gpu_memory_utilisation") as caught:
         LLM(gpu_memory_utilisation=0.5)
@@ -154,9 +162,9 @@ def test_unknown_settings_and_arguments_raise() -> None:
 
 
 def test_a_cache_too_small_for_one_sequence_is_refused_with_a_length_that_fits() -> None:
-    with pytest.raises(CapacityError, match=r"--num-pages 4 of 16 tokens cannot hold one sequence of 512") as caught:
+    with pytest.raises(CapacityError, match=r"num_pages 4 of 16 tokens cannot hold one sequence of 512") as caught:
         load(num_pages=4)
-    assert "--max-model-len 64" in str(caught.value.hint)
+    assert "max_model_len 64" in str(caught.value.hint)
 
 
 def test_a_context_longer_than_the_model_was_made_for_is_refused() -> None:

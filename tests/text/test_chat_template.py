@@ -153,6 +153,14 @@ def test_a_template_that_is_no_jinja_is_a_model_error_with_the_flag(source: str)
         ([], "at least one message", "messages"),
         (["hi"], r"messages\[0\] must be an object with a role", "messages[0]"),
         ([{"content": "x"}], "with a role", "messages[0]"),
+        ({"role": "user", "content": "x"}, "must be a list of messages", "messages"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "wizard", "content": "x"}],
+            r"messages\[1\].role must be one of system, developer, user, assistant, got 'wizard'",
+            "messages[1].role",
+        ),
+        ([{"role": "user"}], r"messages\[0\] has no content", "messages[0].content"),
+        ([{"role": "user", "content": None}], r"messages\[0\] has no content", "messages[0].content"),
         ([{"role": "user", "content": 3}], "must be a text", "messages[0].content"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
@@ -167,3 +175,7 @@ def test_messages_that_are_no_text_are_refused_by_name(messages: list[Any], says
     with pytest.raises(RequestError, match=says) as caught:
         render("x", messages)
     assert caught.value.param == param
+
+
+def test_a_developer_is_the_system() -> None:
+    assert render("{{ messages[0].role }}", [{"role": "developer", "content": "x"}]) == "system"

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Backend
 from tessera.config import ModelConfig
 from tessera.errors import ConfigError, ModelError, RequestError
 from tessera.model.source import ModelSource
+from tessera.text import hf_tokenizer
 from tessera.text.pieces import Spelling
 from tessera.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -91,8 +92,9 @@ def test_folder_of_an_older_format_goes_through_transformers(tmp_path: Path, bac
     model = json.loads(backend_json)["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     source = make_folder(tmp_path, None, tokenizer_class="GPT2Tokenizer")
-    tokenizer = load(source)
+    tokenizer = load(source, load_format="dummy")
     assert tokenizer.decode(tokenizer.encode("hello worlds")) == "hello worlds"
     assert tokenizer.pieces.spelling is Spelling.BYTE_LEVEL
 
@@ -109,7 +111,8 @@ def test_template_comes_from_flag_then_file_then_config(tmp_path: Path, backend_
 
 def test_named_templates_take_the_default_one(tmp_path: Path, backend_json: str) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    assert load(make_folder(tmp_path, backend_json, chat_template=named)).render_chat([{"role": "user"}]) == "plain"
+    messages = [{"role": "user", "content": "hi"}]
+    assert load(make_folder(tmp_path, backend_json, chat_template=named)).render_chat(messages) == "plain"
 
 
 def test_model_without_a_template_is_a_request_error_with_a_hint(tmp_path: Path, backend_json: str) -> None:
@@ -130,8 +133,9 @@ def test_tokenizer_flag_takes_a_file_or_a_folder(tmp_path: Path, backend_json: s
 
 def test_missing_and_damaged_tokenizers_name_the_file_and_the_flag(tmp_path: Path, backend_json: str) -> None:
     source = ModelSource("folder", tmp_path, "made")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match=r"holds no tokenizer\.json") as caught:
-        load(source)
+        load(source, load_format="dummy")
     assert "--tokenizer" in str(caught.value)
     make_folder(tmp_path, backend_json[:-40])
     with pytest.raises(ModelError, match=r"tokenizer\.json is not a tokenizer"):
@@ -150,3 +154,62 @@ def test_half_a_surrogate_pair_is_a_request_error(smollm: Tokenizer) -> None:
     with pytest.raises(RequestError, match="half of a surrogate pair at character 2") as caught:
         smollm.encode("ab\ud83d")
     assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ("{", "config.json is not valid JSON: "),
+        ("{}", "config.json has no model_type"),
+        ('{"model_type": "llama", "hidden_size": "x"}', "config.json has hidden_size 'x', not a whole number"),
+        ('{"model_type": "llama"}', "has no safetensors file"),
+    ],
+)
+def test_a_broken_model_is_named_before_transformers_is_asked_for_its_tokenizer(
+    config: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(_: Path) -> None:
+        raise AssertionError("transformers was asked")
+
+    monkeypatch.setattr(hf_tokenizer, "_through_transformers", asked)
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ModelError) as caught:
+        load(ModelSource("folder", tmp_path, "made"))
+    assert problem in caught.value.message and caught.value.hint
+
+
+def test_a_folder_asked_only_for_its_tokenizer_needs_no_weights(tmp_path: Path, backend_json: str) -> None:
+    model = json.loads(backend_json)["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+    (tmp_path / "config.json").write_text('{"model_type": "gemma2"}')
+    source = make_folder(tmp_path, None, tokenizer_class="GPT2Tokenizer")
+    assert load_tokenizer(source, ModelConfig(), computes=False).encode("hello")
+
+
+@pytest.mark.parametrize(
+    ("said", "quoted"),
+    [
+        ("Cannot build it from one of: \n(1) a file, \n(2) a class. \nInstall tiktoken.",
+         "Cannot build it from one of: (1) a file, (2) a class"),
+        ("Validation error for field 'hidden_size':\n    TypeError: expected int, got 'x'",
+         "Validation error for field 'hidden_size': TypeError: expected int, got 'x'"),
+        ("\n\nIt is not at 'v1.2/x.json'. If you tried", "It is not at 'v1.2/x.json'"),
+        ("no:\n", "no"),
+        ("", "ValueError"),
+        ("x" * 400, "x" * 300 + "..."),
+    ],
+)  # fmt: skip
+def test_an_error_of_transformers_is_quoted_as_one_whole_sentence(
+    said: str, quoted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError(said)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError) as caught:
+        load(ModelSource("folder", tmp_path, "made"), load_format="dummy")
+    assert caught.value.message.endswith(f"transformers finds no tokenizer: {quoted}")

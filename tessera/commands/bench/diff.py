@@ -5,8 +5,8 @@ apart. A verdict needs at least three runs a side: run each version three times 
 so that drift of the machine cancels, and give each version its own file or folder. With fewer, a change cannot be told
 from a run: it is shown and not judged. Only answers (quality) are judged from one run, as they have no chance in them.
 
-Exit code 0: no regression, or too few runs to find one. 1: something is worse, significantly and by more than the
-threshold. 2: wrong usage, or files that must not be compared.
+Exit code 0: no regression in what could be judged. 1: something is worse, significantly and by more than the
+threshold. 2: wrong usage, or files that must not be compared. 3: nothing could be judged, as with too few runs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from tessera.errors import ConfigError
 
 if TYPE_CHECKING:
     from tessera.bench.diff import Change, Difference
+
+NOT_JUDGED = 3
+"""Exit code where nothing had a verdict: neither a pass nor a regression."""
 
 
 def add_flags(parser: Parser) -> None:
@@ -61,10 +64,13 @@ def run(args: argparse.Namespace) -> int:
         before, after, threshold=args.threshold, metrics=args.metric, across_machines=args.across_machines
     )
     if args.json:
-        fields = {**msgspec.to_builtins(found), "regressions": len(found.regressions)}
+        counts = {"judged": len(found.judged), "regressions": len(found.regressions)}
+        fields = {**msgspec.to_builtins(found), **counts}
         sys.stdout.write(msgspec.json.encode(fields).decode() + "\n")
     else:
         sys.stdout.write(_text(found, args.threshold))
+    if not found.judged:
+        return NOT_JUDGED
     return 1 if found.regressions else 0
 
 
@@ -79,11 +85,23 @@ def _text(found: Difference, threshold: float) -> str:
     if few:
         runs = "one run each" if max(few) == 1 else "fewer than 3 runs a side"
         lines.append(f"{len(few)} of {len(found.changes)} not judged: {runs}: cannot tell a run from the code")
-    how = "pairs of runs" if found.paired else "runs, unpaired: drift of the machine between them counts"
-    number = len(found.regressions)
-    counted = f"{number} regression{'' if number == 1 else 's'}" if number else "no regression"
-    lines.append(f"{counted} beyond {threshold:.1%}; compared as {how}")
+    lines.append(_verdict(found, threshold) if found.judged else _no_verdict(bool(few)))
     return "\n".join(lines) + "\n"
+
+
+def _verdict(found: Difference, threshold: float) -> str:
+    """What was found in that which could be judged, and how it was."""
+    how = "pairs of runs" if found.paired else "runs, unpaired: drift of the machine between them counts"
+    number, judged, total = len(found.regressions), len(found.judged), len(found.changes)
+    counted = f"{number} regression{'' if number == 1 else 's'}" if number else "no regression"
+    share = "" if judged == total else f" in the {judged} of {total} that could be judged"
+    return f"{counted} beyond {threshold:.1%}{share}; compared as {how}"
+
+
+def _no_verdict(few: bool) -> str:
+    """Said in place of a verdict, with what would give one."""
+    hint = "three runs a side give a verdict" if few else "name metrics that have a better side with --metric"
+    return f"nothing could be judged\n\nhint: {hint}"
 
 
 def _cells(change: Change) -> tuple[str, ...]:

@@ -126,7 +126,7 @@ def _tokenizer(options: OnlineOptions, config: EngineConfig, with_own: bool) -> 
         raise ConfigError(said, "add --model, the model that the URL serves")
     if not is_named or (options.sends_text and not options.needs_tokenizer):
         return None
-    return load_tokenizer(find_model(config.model), config.model)
+    return load_tokenizer(find_model(config.model), config.model, computes=with_own)
 
 
 def _vocabulary(options: OnlineOptions, tokenizer: Tokenizer | None) -> Vocabulary:

@@ -27,7 +27,9 @@ Result = TypeVar("Result")
 def add_flags(parser: Parser) -> None:
     """The rows, and what to write."""
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="A .jsonl file, or a folder of them.")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="The page. Default: report.html.")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.html", help="The page. Left out: report.html beside the (first) results."
+    )
     parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="Write the same as Markdown, too.")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="Write each figure as .svg and .png, too.")
     parser.add_argument(
@@ -38,6 +40,7 @@ def add_flags(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, write, and say the verdict."""
+    args.out = args.out or _beside(args.results[0])
     _check_paths(args)
     from tessera.bench.options import require
 
@@ -56,6 +59,11 @@ def run(args: argparse.Namespace) -> int:
         _write(args.markdown, markdown(report, images))
     sys.stdout.write("\n\n".join(report.verdict) + "\n")
     return 0
+
+
+def _beside(results: Path) -> Path:
+    """The page's place where none is named: with the rows, not where the command happens to be called."""
+    return (results if results.is_dir() else results.parent) / "report.html"
 
 
 def _figures(report: Report, args: argparse.Namespace) -> dict[str, str]:

@@ -1,0 +1,63 @@
+"""Ctrl-C while a command starts ends it at once: 130, and not a word."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+GENERATE = ("generate", "--prompt", "hi", "--max-tokens", "300", "--ignore-eos", "--dtype", "float32")
+READY = """
+import sys
+import tessera.__main__ as process
+end_on_interrupt = process.end_on_interrupt
+process.end_on_interrupt = lambda: (end_on_interrupt(), print("ready", flush=True))
+sys.exit(process.main())
+"""
+"""The command's process, which says when it has begun."""
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0])
+def test_an_interrupt_during_a_start_ends_it(seconds: float) -> None:
+    """As imports are under way, which lose exceptions or make others of them."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", READY, *GENERATE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors and "terminate" not in errors
+    assert time.monotonic() - sent < 10
+
+
+def test_commands_that_have_something_to_end_are_told() -> None:
+    code = (
+        "import os, signal\n"
+        "from tessera.commands.interrupts import end_on_interrupt, raise_on_interrupt\n"
+        "end_on_interrupt()\n"
+        "raise_on_interrupt()\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    signal.pause()\n"
+        "except KeyboardInterrupt:\n    print('raised')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "raised\n"
+
+
+def test_where_interrupts_are_ignored_they_stay_so() -> None:
+    """As a shell has it for what runs in the background."""
+    code = (
+        "import os, signal\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from tessera.commands.interrupts import end_on_interrupt\n"
+        "end_on_interrupt()\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "print('here')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "here\n"
