@@ -79,7 +79,10 @@ def measure(engine: Engine, count: int, num_steps: int, repeats: int) -> dict[st
 
 def counts(text: str) -> list[int]:
     """`239,130` as numbers of sequences."""
-    found = [int(word) for word in text.split(",")]
+    try:
+        found = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers, got {text!r}") from None
     if not all(1 <= count <= REQUESTS for count in found):
         raise argparse.ArgumentTypeError(f"each must be from 1 to {REQUESTS}, got {text}")
     return found
@@ -87,9 +90,9 @@ def counts(text: str) -> list[int]:
 
 def positive(text: str) -> int:
     """A whole number from 1 on."""
-    if (number := int(text)) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return number
+    return int(text)
 
 
 def main() -> None:

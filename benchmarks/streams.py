@@ -20,6 +20,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from urllib.request import urlopen
 
 import psutil
@@ -101,7 +102,9 @@ def load(port: int, streams: int, requests: int, tokens: int, processes: int) ->
         each.pid for each in psutil.net_connections("tcp") if each.laddr.port == port and each.status == "LISTEN"
     )
     source = random.Random(0)
-    lengths = [tokens if requests <= streams else source.randint(tokens // 2, tokens * 3 // 2) for _ in range(requests)]
+    lengths = [
+        tokens if requests <= streams else source.randint(max(1, tokens // 2), tokens * 3 // 2) for _ in range(requests)
+    ]
     calls = [Call(i, [5, 6, 7 + i], length, fields={"ignore_eos": True}) for i, length in enumerate(lengths)]
     job = Job(f"http://127.0.0.1:{port}/v1", "scripted", calls, timeout_s=120, concurrency=streams)
     measure(job, processes)  # everybody's first time
@@ -135,20 +138,40 @@ def wait_for(port: int, seconds: float = 60.0) -> None:
             time.sleep(0.1)
 
 
+def at_least(least: float, kind: type[int] | type[float]) -> Callable[[str], float]:
+    """A number from `least` on."""
+
+    def number(text: str) -> float:
+        try:
+            found = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+        if not found >= least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, got {text}")
+        return found
+
+    return number
+
+
 def main() -> None:
     """Serve, load, and print one Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=200, help="of each stream")
-    parser.add_argument("--requests", type=int, help="one after the other in each stream; left out: one in each")
-    parser.add_argument("--step-ms", type=float, default=1.0, help="time between the tokens of a stream")
-    parser.add_argument("--client-processes", type=int, default=1)
+    parser.add_argument("--streams", type=at_least(1, int), default=256)
+    parser.add_argument("--tokens", type=at_least(1, int), default=200, help="of each stream")
+    parser.add_argument(
+        "--requests", type=at_least(1, int), help="one after the other in each stream; left out: one in each"
+    )
+    parser.add_argument("--step-ms", type=at_least(0, float), default=1.0, help="time between the tokens of a stream")
+    parser.add_argument("--client-processes", type=at_least(1, int), default=1)
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument("--serve", action="store_true", help="only serve")
     parser.add_argument("--engine", metavar="ADDRESS", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.engine:
         be_engine(options.engine)
+    requests = options.streams if options.requests is None else options.requests
+    if requests < options.streams:
+        parser.error(f"--requests {requests} are fewer than --streams {options.streams}")
     os.environ[STEP_SECONDS] = str(options.step_ms / 1000)
     if options.serve:
         sys.exit(serve(options.port))
@@ -156,12 +179,16 @@ def main() -> None:
     server = subprocess.Popen(words)
     try:
         wait_for(options.port)
-        requests = options.requests or options.streams
         found = load(options.port, options.streams, requests, options.tokens, options.client_processes)
     finally:
         server.terminate()
         server.wait()
-    print(f"{options.streams} streams of {options.tokens} tokens, a step each {options.step_ms:g} ms\n")
+    what = (
+        f"{requests} requests of about {options.tokens} tokens"
+        if requests > options.streams
+        else f"{options.tokens} tokens"
+    )
+    print(f"{options.streams} streams, {what}, a step each {options.step_ms:g} ms\n")
     print("| what | |\n| --- | --- |")
     for name, value in found.items():
         print(f"| {name} | {value:,.1f} |")

@@ -5,8 +5,9 @@ spent on what needs nothing of the kernel before: the launch itself, addresses, 
 
 The rule, for every kernel that is launched so:
 
-1. Every program calls `wait_for_launch` exactly once, before it leaves and before it reads or writes anything that a
-   kernel of ours writes in this step: activations, the pages of new tokens, workspaces, its own output.
+1. Every program, or each of its partitions, calls `wait_for_launch` exactly once, before it leaves and before it reads
+   or writes anything that a kernel of ours writes in this step: activations, the pages of new tokens, workspaces, its
+   own output.
 2. Before, it may read weights, and what the step was given: lengths, slots, page tables, rotations, and the keys and
    values of tokens of earlier steps. All of that was written before the last kernel of this step that is launched as
    usual, the embedding or the rotations, and none of ours starts before that one is over; the first kernel of ours

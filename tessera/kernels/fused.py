@@ -6,6 +6,7 @@ from functools import cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from tessera.log import logger
 
@@ -39,14 +40,28 @@ def launch_problem(device: torch.device) -> str | None:
     return None
 
 
-@cache
-def hopper_gate_up_on(device: torch.device) -> ModuleType | None:
-    """`hopper_gate_up.py` where it runs: on a Hopper GPU, with a Triton whose Gluon it knows; else None."""
+def hopper_gate_up_for(weight: Tensor) -> ModuleType | None:
+    """`hopper_gate_up.py` where it multiplies by this weight in small steps: on a Hopper GPU, where it was seen to run.
+
+    Asked when a layer is made.
+    """
+    device = weight.device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return None
+    kernel = _hopper_gate_up_on(device)
+    return kernel if kernel is not None and kernel.serves_gate_up(1, weight) else None
+
+
+@cache
+def _hopper_gate_up_on(device: torch.device) -> ModuleType | None:
     try:
         from tessera.kernels import hopper_gate_up
+
+        x = torch.zeros(16, hopper_gate_up.CHUNK, dtype=torch.float16, device=device)
+        hopper_gate_up.gate_up(x, x.new_zeros(256, hopper_gate_up.CHUNK))
+        torch.cuda.synchronize(device)
     except Exception as error:  # Gluon is new, and moves with Triton's versions
-        logger.warning("cuBLAS serves in place of the product for Hopper, which does not import: %s", error)
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        logger.warning("cuBLAS serves in place of the product with gate and up for Hopper, which fails: %s", problem)
         return None
     return hopper_gate_up

@@ -1,7 +1,8 @@
-"""Pieces of `hopper_prefill.py` that move tiles: where they lie, from pages into shared memory, and answers back.
+"""Pieces of the kernels for Hopper that move tiles: where they lie, into shared memory, and answers back.
 
-Four warps, a warpgroup, work on 64 rows, a row being a query and a head of the group that shares a key head. Heads
-that are no power of two have two parts, as in `packed.py`.
+Of `hopper_prefill.py` four warps, a warpgroup, work on 64 rows, a row being a query and a head of the group that shares
+a key head, and heads that are no power of two have two parts, as in `packed.py`. `hopper_gate_up.py` shares what makes
+and copies tiles.
 """
 
 # ruff: noqa: N803, RUF005 -- what is compiled in is written in capitals, and the compiler knows no starred tuples
@@ -13,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 copy_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # by Triton's version
+meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # all threads of a partition; by version too
 _REINTERPRETS: gl.constexpr = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
@@ -150,7 +152,10 @@ def make_tiles(
 
 @gluon.jit
 def reuse(ring: gl.shared_memory_descriptor, ROWS: gl.constexpr, WIDTH: gl.constexpr) -> gl.shared_memory_descriptor:
-    """The first bytes of a ring's tiles as one tile of another shape, for numbers of the same type."""
+    """The first bytes of a ring's tiles as one tile of another shape, for numbers of the same type.
+
+    Whoever writes there sees to it that all products with the ring are done, in every warp.
+    """
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], ring.dtype)
     if _REINTERPRETS:
         tile = ring.reinterpret(ring.dtype, [ROWS, WIDTH], layout)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -34,6 +36,13 @@ def test_it_compiles_into_asynchronous_products_and_copies_of_weights_before_it_
     assert copying.count("cp.async.bulk.tensor") == 8 + (4 if tail else 2)
 
 
+def test_all_warps_are_through_with_the_ring_before_answers_are_written_over_it() -> None:
+    """Each waits for its own products; what none reads any more is known when all have met."""
+    for rows, tail in WIDTHS[2:4]:
+        for answers in re.findall(r"wgmma\.wait_group\.sync\.aligned 0;(.*?)stmatrix", _compile(rows, tail), re.DOTALL):
+            assert "bar.sync" in answers
+
+
 @pytest.mark.parametrize(
     ("num_rows", "num_weight_rows", "inputs", "dtype", "serves"),
     [
@@ -42,7 +51,8 @@ def test_it_compiles_into_asynchronous_products_and_copies_of_weights_before_it_
         (64, 28672, 4096, torch.float32, False),
         (MOST_ROWS, 28672, 4096, torch.bfloat16, True),
         (MOST_ROWS + 1, 28672, 4096, torch.bfloat16, False),
-        (64, 6144, 1024, torch.bfloat16, False),  # 24 programs
+        (64, 24576, 4096, torch.bfloat16, True),  # 96 programs
+        (64, 16384, 2048, torch.bfloat16, False),  # 64
         (64, 57344, 8192, torch.bfloat16, False),  # 224, of which 92 would run alone
         (64, 28672, 4064, torch.bfloat16, False),  # not in whole chunks
     ],

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tessera.kernels.fused import hopper_gate_up_on
+from tessera.kernels.fused import hopper_gate_up_for
 from tessera.model.layers import mlp
 from tessera.model.layers.parameter import Placement
-from triton_interpreter import DEVICE, needs_kernels
+from triton_interpreter import DEVICE, check_in_interpreter, needs_kernels, outside_interpreter
 
 
 class Kernel:
@@ -29,6 +29,12 @@ class Kernel:
         return functional.silu(gate) * up
 
 
+@pytest.mark.timeout(600)
+@outside_interpreter
+def test_in_the_interpreter() -> None:
+    check_in_interpreter(__file__)
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     ("activation", "bias", "asked"), [("silu", False, [3]), ("silu", True, []), ("gelu", False, [])]
@@ -39,7 +45,7 @@ def test_few_tokens_of_swiglu_without_a_bias_go_to_the_kernel_for_hopper(
     placement = Placement(torch.float32, torch.device(DEVICE))
     layers = {}
     for name, kernel in (("other", None), ("hopper", Kernel)):
-        monkeypatch.setattr(mlp, "hopper_gate_up_on", lambda _device, kernel=kernel: kernel)
+        monkeypatch.setattr(mlp, "hopper_gate_up_for", lambda _weight, kernel=kernel: kernel)
         torch.manual_seed(0)
         layers[name] = mlp.GatedMLP(48, 40, activation, bias=bias, placement=placement, fused=activation == "silu")
         for parameter in layers[name].parameters():
@@ -52,4 +58,4 @@ def test_few_tokens_of_swiglu_without_a_bias_go_to_the_kernel_for_hopper(
 
 
 def test_there_is_no_kernel_for_hopper_on_a_cpu() -> None:
-    assert hopper_gate_up_on(torch.device("cpu")) is None
+    assert hopper_gate_up_for(torch.empty(28672, 4096, dtype=torch.bfloat16)) is None

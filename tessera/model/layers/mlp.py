@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tessera.kernels.fused import fused_on, hopper_gate_up_on
+from tessera.kernels.fused import fused_on, hopper_gate_up_for
 from tessera.model.layers.linear import Linear
 from tessera.model.layers.norm import RMSNorm
 from tessera.model.layers.parameter import Placement
@@ -47,8 +47,8 @@ class GatedMLP(nn.Module):
             from tessera.kernels.swiglu import swiglu
 
             self._swiglu = swiglu
-        self._hopper = hopper_gate_up_on(placement.device) if self.fused and not bias else None
         self.gate_up = Linear(hidden_size, 2 * size, bias=bias, placement=placement)
+        self._hopper = hopper_gate_up_for(self.gate_up.weight) if self.fused and not bias else None
         self.down = Linear(size, hidden_size, bias=bias, placement=placement)
         self.activation = ACTIVATIONS[activation]
 
