@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -24,7 +25,11 @@ sys.exit(process.main())
 def test_an_interrupt_during_a_start_ends_it(seconds: float) -> None:
     """As imports are under way, which lose exceptions or make others of them."""
     process = subprocess.Popen(
-        [sys.executable, "-c", READY, *GENERATE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", READY, *GENERATE],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # which a shell's & has ignored
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     time.sleep(seconds)
@@ -40,6 +45,7 @@ def test_commands_that_have_something_to_end_are_told() -> None:
     code = (
         "import os, signal\n"
         "from tessera.commands.interrupts import end_on_interrupt, raise_on_interrupt\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "end_on_interrupt()\n"
         "raise_on_interrupt()\n"
         "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    signal.pause()\n"
