@@ -48,20 +48,36 @@ def hopper_gate_up_for(weight: Tensor) -> ModuleType | None:
     device = weight.device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return None
-    kernel = _hopper_gate_up_on(device)
-    return kernel if kernel is not None and kernel.serves_gate_up(1, weight) else None
+    kernel = _gate_up_module()
+    if kernel is None or not kernel.serves_gate_up(1, weight):
+        return None
+    return kernel if _gate_up_runs(device) else None
 
 
 @cache
-def _hopper_gate_up_on(device: torch.device) -> ModuleType | None:
+def _gate_up_module() -> ModuleType | None:
     try:
         from tessera.kernels import hopper_gate_up
-
-        x = torch.zeros(16, hopper_gate_up.CHUNK, dtype=torch.float16, device=device)
-        hopper_gate_up.gate_up(x, x.new_zeros(256, hopper_gate_up.CHUNK))
-        torch.cuda.synchronize(device)
     except Exception as error:  # Gluon is new, and moves with Triton's versions
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        logger.warning("cuBLAS serves in place of the product with gate and up for Hopper, which fails: %s", problem)
+        _warn_of_gate_up(error)
         return None
     return hopper_gate_up
+
+
+@cache
+def _gate_up_runs(device: torch.device) -> bool:
+    from tessera.kernels.hopper_gate_up import CHUNK, gate_up
+
+    try:
+        x = torch.zeros(16, CHUNK, dtype=torch.float16, device=device)
+        gate_up(x, x.new_zeros(256, CHUNK))
+        torch.cuda.synchronize(device)
+    except Exception as error:
+        _warn_of_gate_up(error)
+        return False
+    return True
+
+
+def _warn_of_gate_up(error: Exception) -> None:
+    problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    logger.warning("cuBLAS serves in place of the product with gate and up for Hopper, which fails: %s", problem)

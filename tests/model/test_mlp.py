@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tessera.kernels import fused
 from tessera.kernels.fused import hopper_gate_up_for
 from tessera.model.layers import mlp
 from tessera.model.layers.parameter import Placement
@@ -59,3 +64,28 @@ def test_few_tokens_of_swiglu_without_a_bias_go_to_the_kernel_for_hopper(
 
 def test_there_is_no_kernel_for_hopper_on_a_cpu() -> None:
     assert hopper_gate_up_for(torch.empty(28672, 4096, dtype=torch.bfloat16)) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what fails without a GPU is tested")
+@pytest.mark.parametrize("fails", ["import", "launch"])
+def test_where_the_kernel_for_hopper_fails_cublas_serves_and_a_warning_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: str
+) -> None:
+    pytest.importorskip("triton")
+    from tessera.kernels import hopper_gate_up
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(hopper_gate_up, "serves_gate_up", lambda *_: True)
+    if fails == "import":
+        monkeypatch.setitem(sys.modules, "tessera.kernels.hopper_gate_up", None)
+        monkeypatch.delattr("tessera.kernels.hopper_gate_up")
+    weight: Any = SimpleNamespace(device=torch.device("cuda"))
+    fused._gate_up_module.cache_clear()
+    fused._gate_up_runs.cache_clear()
+    monkeypatch.setattr("tessera.kernels.fused.logger.propagate", True)
+    with caplog.at_level("WARNING"):
+        assert [hopper_gate_up_for(weight) for _ in range(3)] == [None] * 3
+    fused._gate_up_module.cache_clear()
+    fused._gate_up_runs.cache_clear()
+    (record,) = caplog.records
+    assert "cuBLAS serves" in record.getMessage()
