@@ -14,14 +14,10 @@ from tessera.folders import cache_folder
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.LogCaptureFixture]:
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """What tessera logs at `warning` and above."""
-    logger = logging.getLogger("tessera")
-    monkeypatch.setattr(logger, "propagate", False)  # as after `log.set_up`, which another test may have called
-    logger.addHandler(caplog.handler)
     with caplog.at_level(logging.WARNING, logger="tessera"):
         yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def build() -> None:

@@ -81,12 +81,11 @@ def test_a_start_that_fails_gives_failed_rows_with_its_reason(tmp_path: Path) ->
 
 
 def test_too_little_memory_for_all_means_one_at_a_time_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     holds = f"open({str(tmp_path / 'held')!r}, 'w').close(); import atexit; "
     holds += f"atexit.register(os.remove, {str(tmp_path / 'held')!r})"
     wants = f"\n        if os.path.exists({str(tmp_path / 'held')!r}): raise RuntimeError('CUDA out of memory')"
-    monkeypatch.setattr("tessera.log.logger.propagate", True)
     caplog.set_level(logging.INFO, "tessera")
     rows = list(benchmark([fake(tmp_path, "a", load=holds), fake(tmp_path, "b", load=wants)], 2).records())
     assert [(row.subject.label, row.status) for row in rows] == [("a", "ok")] * 2 + [("b", "ok")] * 2

@@ -179,7 +179,6 @@ def test_a_client_that_was_the_bottleneck_is_told_of_in_the_row_and_on_stderr(
     fake: Fake, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("tessera.bench.served.latency.MAX_CLIENT_CPU", 0.0)
-    monkeypatch.setattr("tessera.log.logger.propagate", True)
     [row, _] = rows_of(OnlineBenchmark([UrlTarget("a", fake.url("quick"))], REPLAY, repeats=1))
     fake.record("quick")
     assert row.status == "ok" and "the client was the bottleneck: it used" in row.subject.note

@@ -78,7 +78,6 @@ def test_the_seed_decides_which_are_taken_and_when_they_come(tmp_path: Path) -> 
 def test_a_file_cut_short_is_read_as_far_as_it_goes(
     tmp_path: Path, cut: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("tessera.log.logger.propagate", True)
     monkeypatch.setattr("tessera.bench.online.sharegpt.PIECE_CHARACTERS", 37)
     whole = {prompt.text for prompt in _read(_file(tmp_path, TALKS), 20).prompts}
     assert len(whole) == 20 and "cut off" not in caplog.text

@@ -82,7 +82,6 @@ def test_where_the_kernel_for_hopper_fails_cublas_serves_and_a_warning_says_so_o
     weight: Any = SimpleNamespace(device=torch.device("cuda"))
     fused._gate_up_module.cache_clear()
     fused._gate_up_runs.cache_clear()
-    monkeypatch.setattr("tessera.kernels.fused.logger.propagate", True)
     with caplog.at_level("WARNING"):
         assert [hopper_gate_up_for(weight) for _ in range(3)] == [None] * 3
     fused._gate_up_module.cache_clear()
