@@ -89,6 +89,12 @@ def test_flags_become_the_settings_and_defaults_stay() -> None:
         (["generate", "--prompt", "a", "--logprobs", "1"], "--json", "add --json"),
         (["generate", "--prompt", "a", "--system", "b"], "--system", "add --chat"),
         (["generate"], "standard input is empty", "give --prompt TEXT"),
+        (
+            ["generate", "Once upon"],
+            "'Once upon' is no model, as a bare word is",
+            "give a text with --prompt TEXT",
+        ),
+        (["generate", "./hi"], "no such file or folder", "check --model"),
         (["chat", "--n", "2"], "one answer a turn", "leave --n out"),
         (["backends", "--attention", "flash_attn", "--prove"], "library with variants", "flash_attn:4"),
         (["generate", "--prompt", "a", "--attention", "torch_spda"], "'torch_spda'", "did you mean torch_sdpa?"),
@@ -191,10 +197,11 @@ def test_several_prompts_come_out_in_order_whatever_finishes_first() -> None:
 
 def test_chat_remembers_until_told_to_forget_and_ends_with_exit() -> None:
     """The same question is answered alike when fresh and after /clear, otherwise in between."""
-    talk = "What did I say?\nI like pears.\nWhat did I say?\n\n/clear\nWhat did I say?\n/exit\nnever read\n"
+    talk = "What did I say?\nI like pears.\nWhat did I say?\n\n/clear\n/quit\nWhat did I say?\n/exit\nnever read\n"
     done = run("chat", "--temperature", "0", "--max-tokens", "8", "--stop", "\n", *SMALL, stdin=talk)
     fresh, _, later, cleared = done.stdout.splitlines()
     assert done.returncode == 0 and fresh == cleared != later, done.stderr
+    assert "/quit is no command: /exit ends, /clear forgets" in done.stderr
 
 
 @pytest.mark.parametrize("command", [("chat",), ("generate", "--chat", "--prompt", "Hi")])

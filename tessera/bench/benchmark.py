@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from tessera.bench.places import check_file
+from tessera.bench.progress import Progress
 from tessera.bench.provenance import Provenance, provenance
-from tessera.bench.reasons import gathered, plain_reason
 from tessera.bench.record import Kind, Record, append, read
 
 
@@ -63,7 +63,7 @@ def measure(benchmark: Benchmark, path: Path, *, resume: bool = False) -> Iterat
 def run(benchmark: Benchmark, path: Path, *, resume: bool = False) -> list[Record]:
     """`measure` to the end, with progress and time left on stderr; the rows."""
     rows = []
-    with _Progress(benchmark.kind, benchmark.num_records) as progress:
+    with Progress(benchmark.kind, benchmark.num_records) as progress:
         for record in measure(benchmark, path, resume=resume):
             rows.append(record)
             progress.advance(record)
@@ -91,69 +91,3 @@ def _continuing(record: Record, begun: Provenance) -> Record:
     """As of the command that was begun before, whose run it names."""
     where = replace(record.provenance, continues=begun.continues or begun.run, command=begun.command)
     return replace(record, provenance=where)
-
-
-class _Progress:
-    """A bar with the time left on a terminal, a line a row elsewhere."""
-
-    def __init__(self, what: str, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        console = Console(file=sys.stderr)
-        self._plain = not console.is_terminal
-        columns = (TextColumn("{task.fields[what]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        text = TextColumn("left, {task.description}", markup=False)
-        self._bar = Progress(*columns, TimeRemainingColumn(), text, console=console, disable=self._plain)
-        self._task = self._bar.add_task("starting", total=total, what=what)
-        self._what, self._total, self._count = what, total, 0
-        self._held: list[Record] = []
-        self._said: set[tuple[str, str]] = set()
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._say_held()
-        self._bar.stop()
-
-    def advance(self, record: Record) -> None:
-        """One row more. Those that are unavailable cost no time and are held, to be said in a line a reason."""
-        if record.status == "unavailable":
-            self._held.append(record)
-            self._bar.update(self._task, advance=1)
-            return
-        self._say_held()
-        self._count += 1
-        about = f"{record.subject.label} {' '.join(str(value) for value in record.case.values())}"
-        outcome = "" if record.status == "ok" else f" {record.status}: {record.reason:.120}"
-        self._bar.update(self._task, advance=1, description=about)
-        if self._plain or outcome:
-            self._say(f"{self._counted} {about}{outcome}" if self._plain else about + outcome)
-
-    def _say_held(self) -> None:
-        """Those that share a reason in one line; of a backend that was said not to run here for it, not again."""
-        fresh = [row for row in self._held if (row.subject.label, plain_reason(row)) not in self._said]
-        self._count += len(self._held)
-        self._said |= {(row.subject.label, plain_reason(row)) for row in fresh}
-        self._held.clear()
-        for each in gathered(fresh):
-            self._say(f"{self._counted} {each.line}" if self._plain else each.line)
-
-    @property
-    def _counted(self) -> str:
-        return f"{self._what} {self._count}/{self._total}"
-
-    def _say(self, line: str) -> None:
-        if self._plain:
-            sys.stderr.write(line + "\n")
-        else:
-            self._bar.console.print(line, markup=False, highlight=False)

@@ -12,8 +12,7 @@ from itertools import pairwise
 from typing import Literal
 
 from tessera.bench.record import Record
-from tessera.bench.report.compared import HEADLINES
-from tessera.bench.report.metrics import higher_is_better
+from tessera.bench.report.metrics import HEADLINES, higher_is_better
 from tessera.bench.report.quality import (
     AGREEMENT,
     AGREEMENT_LOSS,

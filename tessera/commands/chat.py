@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,9 @@ def converse(model: LocalModel, system: list[dict[str, str]], params: SamplingPa
             messages = list(system)
             continue
         if not line:
+            continue
+        if re.fullmatch(r"/[a-z]+", line):
+            sys.stderr.write(f"{line} is no command: /exit ends, /clear forgets\n")
             continue
         turn = {"role": "user", "content": line}
         try:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from tessera.commands.flags import Parser, add_model, add_sampling, engine_config, sampling
-from tessera.errors import RequestError
+from tessera.config import ModelConfig
+from tessera.errors import ConfigError, RequestError
 from tessera.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Generate and print."""
     config, params = engine_config(args), sampling(args, max_tokens=NUM_DEFAULT_TOKENS)
     _check(args, params)
-    prompts = args.prompt or [_standard_input()]
+    prompts = args.prompt or [_standard_input(config.model)]
     from tessera.commands.local import LocalModel, interrupt_as_flag
 
     model = LocalModel(config, chats=args.chat)
@@ -58,7 +60,13 @@ def _check(args: argparse.Namespace, params: SamplingParams) -> None:
         raise RequestError("logprobs are printed with --json only", "add --json")
 
 
-def _standard_input() -> str:
+def _standard_input(config: ModelConfig) -> str:
+    """All of it, once the model is known to exist: whoever writes `generate hi` is not asked for a text first."""
+    if config.model is not None and any(map(str.isspace, config.model)) and not Path(config.model).exists():
+        raise ConfigError(f"{config.model!r:.80} is no model, as a bare word is", "give a text with --prompt TEXT")
+    from tessera.model.source import find_model
+
+    find_model(config)
     if sys.stdin.isatty():
         sys.stderr.write("the prompt, then Ctrl-D:\n")
     try:

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from tessera import __version__
@@ -42,14 +42,17 @@ def build_app(service: Service, api_key: str | None = None) -> Starlette:
         Route("/v1/attention", attention),
         Route("/v1/status", status),
     ]
-    guard = [Middleware(RequireKey, key=api_key)] if api_key is not None else []
+    paths = frozenset(route.path for route in routes)
+    around = [Middleware(metrics.CountResponses, latency=service.client.latency, paths=paths)]
+    if api_key is not None:
+        around.append(Middleware(RequireKey, key=api_key))
     handlers: dict[Any, Any] = {
         TesseraError: on_tessera_error,
         HTTPException: on_http_error,
         ClientDisconnect: on_disconnect,
         Exception: on_unexpected,
     }
-    app = Starlette(routes=routes, middleware=guard, exception_handlers=handlers)
+    app = Starlette(routes=routes, middleware=around, exception_handlers=handlers)
     app.router.redirect_slashes = False
     app.state.service = service
     return app
@@ -89,10 +92,8 @@ async def health(request: HttpRequest) -> Response:
 
 
 async def prometheus(request: HttpRequest) -> Response:
-    """Counters for Prometheus."""
-    return PlainTextResponse(
-        metrics.render(request.app.state.service.client), media_type="text/plain; version=0.0.4; charset=utf-8"
-    )
+    """Counters and latencies for Prometheus."""
+    return Response(metrics.render(request.app.state.service.client), media_type=metrics.MEDIA_TYPE)
 
 
 async def models(request: HttpRequest) -> Response:

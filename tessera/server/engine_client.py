@@ -15,6 +15,7 @@ from tessera.errors import EngineDeadError, RequestError
 from tessera.log import logger
 from tessera.server import ipc
 from tessera.server.errors import TooManyRequestsError, UnavailableError
+from tessera.server.latency import Latency
 from tessera.server.output_stream import OutputStream
 from tessera.types import EngineInfo, EngineStatus, Request
 
@@ -52,6 +53,7 @@ class EngineClient:
         self.dead = asyncio.Event()
         self.status = EngineStatus()
         self.peak_pages = 0
+        self.latency = Latency()
         self.num_unfinished = 0
         """Sequences of open streams of which more is to come; the streams count."""
 
@@ -131,10 +133,10 @@ class EngineClient:
         """Take no more outputs of a request."""
         self._streams.pop(request_id, None)
 
-    def fail_all(self, reason: str, hint: str | None = None) -> None:
-        """End every stream with an error that says `reason`."""
+    def fail_all(self, failure: EngineDeadError) -> None:
+        """End every stream with this error."""
         for stream in list(self._streams.values()):
-            stream.fail(EngineDeadError(reason, hint))
+            stream.fail(failure)
 
     async def stop(self) -> None:
         """End the process, by force if it does not answer, and remove the socket."""
@@ -189,7 +191,7 @@ class EngineClient:
             self.peak_pages = max(self.peak_pages, message.status.pages_total - message.status.pages_free)
             for output in message.outputs:
                 stream = self._streams.get(output.request_id)
-                if stream is not None and stream.put(output):
+                if stream is not None and stream.put(output, self._last_heard):
                     woken.append(stream)
         elif isinstance(message, ipc.Refused):
             if stream := self._streams.get(message.request_id):
@@ -212,7 +214,7 @@ class EngineClient:
         """Fail what runs, and what comes until the engine is heard of again."""
         if self._hung is None:
             logger.error("%s; its requests are given up", problem)
-            self.fail_all(problem, hint)
+            self.fail_all(EngineDeadError(problem, hint))
         self._hung = problem
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
@@ -231,7 +233,7 @@ class EngineClient:
         if self._ended is None:
             logger.error("%s", reason)
             self._ended = reason
-            self.fail_all(reason)
+            self.fail_all(EngineDeadError(reason))
             self.dead.set()
 
 

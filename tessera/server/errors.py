@@ -27,6 +27,14 @@ class TooLargeError(RequestError):
     """A request body above the limit."""
 
 
+class UnknownCodingError(RequestError):
+    """A request body that is packed."""
+
+
+class ShutdownError(EngineDeadError):
+    """The server was told to stop and a request did not finish in the time that was left."""
+
+
 class ErrorBody(msgspec.Struct):
     """The inside of OpenAI's error object."""
 
@@ -45,9 +53,11 @@ class ErrorReply(msgspec.Struct):
 STATUSES: tuple[tuple[type[TesseraError], int, str, str | None], ...] = (
     (UnknownModelError, 404, "invalid_request_error", "model_not_found"),
     (TooLargeError, 413, "invalid_request_error", "request_too_large"),
+    (UnknownCodingError, 415, "invalid_request_error", "unsupported_content_encoding"),
     (RequestError, 400, "invalid_request_error", None),
     (TooManyRequestsError, 429, "rate_limit_error", "rate_limit_exceeded"),
     (UnavailableError, 503, "service_unavailable_error", "engine_unavailable"),
+    (ShutdownError, 503, "service_unavailable_error", "shutting_down"),
     (EngineDeadError, 500, "server_error", "engine_dead"),
     (TesseraError, 500, "server_error", None),
 )

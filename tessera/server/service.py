@@ -13,7 +13,7 @@ from starlette.requests import Request as HttpRequest
 
 from tessera.errors import RequestError
 from tessera.server.engine_client import EngineClient
-from tessera.server.errors import TooLargeError, UnknownModelError
+from tessera.server.errors import TooLargeError, UnknownCodingError, UnknownModelError
 from tessera.server.schema import MAX_BODY_BYTES
 from tessera.text.tokenizer import Tokenizer
 from tessera.types import EngineInfo
@@ -71,7 +71,10 @@ def max_token_characters(tokenizer: Tokenizer) -> int:
 
 
 async def read_body(request: HttpRequest) -> bytes:
-    """The body, if it is not too large: TooLargeError as soon as that is known."""
+    """The body, if it is not too large: TooLargeError as soon as that is known. UnknownCodingError for a packed one."""
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.lower() != "identity":
+        raise UnknownCodingError(f"a body with content-encoding {coding!r:.40} is not taken", "send it as it is")
     parts: list[bytes] = []
     size = int(request.headers.get("content-length") or 0)
     if size <= MAX_BODY_BYTES:

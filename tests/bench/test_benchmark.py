@@ -35,7 +35,7 @@ class Counting:
 
     def records(self, done: Container[Done] = ()) -> Iterator[Record]:
         for repeat in range(3):
-            made = row("offline", subject("naive"), {"workload": "w"}, {"req_s": 1.0}, repeat=repeat)
+            made = row("offline", subject("naive"), {"workload": "w"}, {"output_tok_s": 12.34}, repeat=repeat)
             made = Record(**(made.__dict__ | {"provenance": self.provenance}))
             if Done(made.case_key, "naive", repeat) in done:
                 continue
@@ -55,6 +55,19 @@ def test_a_row_is_on_disk_before_the_next_is_measured(tmp_path: Path, capsys: py
         benchmark.run(Counting(dies_at=2), tmp_path / "rows.jsonl")
     assert "2 rows are in" in (said := capsys.readouterr().err) and "--resume" in said
     assert [each.repeat for each in read(tmp_path / "rows.jsonl")] == [0, 1]
+
+
+def test_each_row_is_said_with_its_figure_and_the_time_that_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 60.0, 70.0, 90.0])
+    monkeypatch.setattr("tessera.bench.progress.time.monotonic", lambda: next(clock))
+    benchmark.run(Counting(), tmp_path / "rows.jsonl")
+    assert capsys.readouterr().err.splitlines() == [
+        "offline 1/3 naive w: output tok/s 12.34; about 2 min left",
+        "offline 2/3 naive w: output tok/s 12.34; about 35 s left",
+        "offline 3/3 naive w: output tok/s 12.34",
+    ]
 
 
 def test_it_goes_on_where_it_stopped_as_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

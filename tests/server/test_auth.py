@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -12,6 +13,7 @@ from starlette.routing import Route
 
 from server_process import SCRIPTED, ServerProcess, check_error
 from tessera.server.app import build_app
+from tessera.server.latency import Latency
 
 KEY = "sesame-öffne"
 
@@ -24,8 +26,8 @@ def locked() -> Iterator[ServerProcess]:
 
 
 def _routes() -> list[str]:
-    no_service: Any = None
-    return [route.path for route in build_app(no_service).routes if isinstance(route, Route)]
+    service: Any = SimpleNamespace(client=SimpleNamespace(latency=Latency()))
+    return [route.path for route in build_app(service).routes if isinstance(route, Route)]
 
 
 def test_every_route_but_health_wants_the_key(locked: ServerProcess) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
 from collections.abc import Iterator
@@ -206,6 +207,16 @@ def test_a_body_above_the_limit_is_refused_whether_or_not_it_says_its_size(serve
     megabyte = b"x" * 2**20
     check_error(server.http.post("/v1/completions", content=megabyte * 33), 413, words="33554432")
     check_error(server.http.post("/v1/completions", content=(megabyte for _ in range(40))), 413)
+
+
+def test_a_packed_body_is_refused_by_its_coding(server: ServerProcess) -> None:
+    packed = gzip.compress(b'{"prompt": "a", "max_tokens": 1}')
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
+        answer = server.http.post(path, content=packed, headers={"content-encoding": "gzip"})
+        assert check_error(answer, 415, words="'gzip'")["code"] == "unsupported_content_encoding"
+    body = b'{"prompt": "a", "max_tokens": 1}'
+    taken = server.http.post("/v1/completions", content=body, headers={"content-encoding": "Identity"})
+    assert taken.status_code == 200
 
 
 def test_a_huge_prompt_is_refused_while_others_are_served(server: ServerProcess) -> None:

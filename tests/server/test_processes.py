@@ -175,7 +175,8 @@ def test_a_second_ctrl_c_does_not_wait_for_what_runs(start_server: Start) -> Non
         server.process.send_signal(signal.SIGINT)
         time.sleep(0.3)
         server.process.send_signal(signal.SIGINT)
-        assert "shutting down" in running.result(2)[0]
+        last = running.result(2)[0]
+        assert "shutting down" in last and '"code":"shutting_down"' in last
     assert server.process.wait(3) == 0
     assert "Traceback" not in "".join(server.lines)
 

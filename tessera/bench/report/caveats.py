@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from statistics import fmean
 
-from tessera.bench.report.compared import HEADLINES
+from tessera.bench.report.metrics import HEADLINES
 from tessera.bench.report.rows import Rows, Session
 from tessera.bench.statistics import MIN_REPEATS
 

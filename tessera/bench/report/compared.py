@@ -10,14 +10,6 @@ from tessera.bench.report.metrics import higher_is_better
 from tessera.bench.report.rows import Session
 from tessera.bench.statistics import Comparison, Verdict, compare, compare_rounds, geometric_mean, judged
 
-HEADLINES = {
-    "offline": ("output_tok_s",),
-    "online": ("ttft_ms_p50", "tpot_ms_p50", "itl_ms_p50", "e2e_ms_p50"),
-    "api": ("generation_tok_s", "ttft_ms_max"),
-    "ttft": ("ttft_ms",),
-    "kernels": ("ms_median",),
-}
-"""Metrics that the verdict speaks of, the first one first."""
 BASELINES = ("naive", "torch_sdpa", "torch_sdpa:math")
 """Taken, in this order, where none is named: what everybody has."""
 

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import re
 
+HEADLINES = {
+    "offline": ("output_tok_s",),
+    "online": ("ttft_ms_p50", "tpot_ms_p50", "itl_ms_p50", "e2e_ms_p50"),
+    "api": ("generation_tok_s", "ttft_ms_max"),
+    "ttft": ("ttft_ms",),
+    "kernels": ("ms_median",),
+}
+"""Metrics that the verdict speaks of, the first one first."""
+
 HIGHER = (
     r"(_|^)(tok|req|tb|gb|tflop)_s(_|$)|(_|^)ceiling_share$|(_|^)goodput|^equal_(tokens|answers)|^greedy_agreement|"
     r"[ _](acc|acc_norm|exact_match|f1|em|bleu|mcc)(,[\w-]+)?$"

@@ -8,11 +8,11 @@ from statistics import fmean
 
 from tessera.bench.reasons import Lost, gathered
 from tessera.bench.record import Record, Subject, Value
-from tessera.bench.report.compared import HEADLINES, Standing, baseline_of, standings
+from tessera.bench.report.compared import Standing, baseline_of, standings
 from tessera.bench.report.document import Cell, Table, Tone
 from tessera.bench.report.figures import named
 from tessera.bench.report.kernels_seen import symbols_of
-from tessera.bench.report.metrics import digits, number, title
+from tessera.bench.report.metrics import HEADLINES, digits, number, title
 from tessera.bench.report.quality import mean_of, stderr_names
 from tessera.bench.report.rows import Rows, Session
 from tessera.bench.statistics import median

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tessera.bench.report.caveats import client_doubt
-from tessera.bench.report.compared import HEADLINES, Standing, baseline_of, best_supported, is_named, standings
+from tessera.bench.report.compared import Standing, baseline_of, best_supported, is_named, standings
 from tessera.bench.report.kernels_seen import all_proven, because, explained, phase_facts
-from tessera.bench.report.metrics import number, title
+from tessera.bench.report.metrics import HEADLINES, number, title
 from tessera.bench.report.quality import is_reference, losses, remarks
 from tessera.bench.report.rows import Rows, Session
 from tessera.bench.report.words import in_words, listed, repeats, spread, within_run
