@@ -94,6 +94,8 @@ def test_flags_become_the_settings_and_defaults_stay() -> None:
             "'Once upon' is no model, as a bare word is",
             "give a text with --prompt TEXT",
         ),
+        (["generate", "word " * 99], "is no model, as a bare word is", "give a text with --prompt TEXT"),
+        (["chat", "word" * 99], "no file or folder here", "give a local folder"),
         (["generate", "./hi"], "no such file or folder", "check --model"),
         (["chat", "--n", "2"], "one answer a turn", "leave --n out"),
         (["backends", "--attention", "flash_attn", "--prove"], "library with variants", "flash_attn:4"),

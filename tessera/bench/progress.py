@@ -5,9 +5,30 @@ from __future__ import annotations
 import sys
 import time
 
+from tessera.bench.provenance import provenance
 from tessera.bench.reasons import gathered, plain_reason
 from tessera.bench.record import Record
 from tessera.bench.report.metrics import HEADLINES, number, title
+
+
+class TimeLeft:
+    """How long the rest of `total` rows takes, if its rows take as long as those of this run before them.
+
+    Rows that cannot be measured take no time and count like others; those of a run that is continued do not count.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total, self._count, self._num_fresh = total, 0, 0
+        self._run, self._begun = provenance().run, time.monotonic()
+
+    def after(self, record: Record) -> str:
+        """`; about 20 s left` once this row is there; empty where nothing is left or known."""
+        self._count += 1
+        self._num_fresh += record.provenance.run == self._run
+        seconds = (time.monotonic() - self._begun) / max(1, self._num_fresh) * (self._total - self._count)
+        if seconds < 1 or not self._num_fresh:
+            return ""
+        return f"; about {seconds:.0f} s left" if seconds < 100 else f"; about {seconds / 60:.0f} min left"
 
 
 class Progress:
@@ -25,7 +46,7 @@ class Progress:
         self._bar = bars.Progress(*columns, console=console, disable=self._plain)
         self._task = self._bar.add_task("starting", total=total, what=what)
         self._what, self._total, self._count = what, total, 0
-        self._begun, self._num_measured = time.monotonic(), 0
+        self._left = TimeLeft(total)
         self._held: list[Record] = []
         self._said: set[tuple[str, str]] = set()
 
@@ -39,18 +60,18 @@ class Progress:
 
     def advance(self, record: Record) -> None:
         """One row more. Those that are unavailable cost no time and are held, to be said in a line a reason."""
+        left = self._left.after(record)
         if record.status == "unavailable":
             self._held.append(record)
             self._bar.update(self._task, advance=1)
             return
         self._say_held()
         self._count += 1
-        self._num_measured += 1
         about = f"{record.subject.label} {' '.join(str(value) for value in record.case.values())}"
         outcome = _figures(record) if record.status == "ok" else f"{record.status}: {record.reason:.120}"
         self._bar.update(self._task, advance=1, description=about)
         if self._plain:
-            self._say(f"{self._counted} {about}: {outcome}{self._left}")
+            self._say(f"{self._counted} {about}: {outcome}{left}")
         else:
             self._say(f"{about}: {outcome}")
 
@@ -62,14 +83,6 @@ class Progress:
         self._held.clear()
         for each in gathered(fresh):
             self._say(f"{self._counted} {each.line}" if self._plain else each.line)
-
-    @property
-    def _left(self) -> str:
-        """How long the rest takes if its rows take as long as those before; nothing where that is no time."""
-        seconds = (time.monotonic() - self._begun) / self._num_measured * (self._total - self._count)
-        if seconds < 1:
-            return ""
-        return f"; about {seconds:.0f} s left" if seconds < 100 else f"; about {seconds / 60:.0f} min left"
 
     @property
     def _counted(self) -> str:

@@ -60,7 +60,7 @@ def converse(model: LocalModel, system: list[dict[str, str]], params: SamplingPa
             continue
         if not line:
             continue
-        if re.fullmatch(r"/[a-z]+", line):
+        if re.fullmatch(r"/\w[\w-]*", line):
             sys.stderr.write(f"{line} is no command: /exit ends, /clear forgets\n")
             continue
         turn = {"role": "user", "content": line}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -54,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, params: SamplingParams) -> None:
+    word = args.model_word
+    if word is not None and any(map(str.isspace, word)) and not os.path.exists(os.path.expanduser(word)):
+        raise ConfigError(f"{word!r:.80} is no model, as a bare word is", "give a text with --prompt TEXT")
     if args.system is not None and not args.chat:
         raise RequestError("--system is part of a chat", "add --chat")
     if not args.json and (params.logprobs is not None or params.prompt_logprobs is not None):
@@ -62,8 +65,6 @@ def _check(args: argparse.Namespace, params: SamplingParams) -> None:
 
 def _standard_input(config: ModelConfig) -> str:
     """All of it, once the model is known to exist: whoever writes `generate hi` is not asked for a text first."""
-    if config.model is not None and any(map(str.isspace, config.model)) and not Path(config.model).exists():
-        raise ConfigError(f"{config.model!r:.80} is no model, as a bare word is", "give a text with --prompt TEXT")
     from tessera.model.source import find_model
 
     find_model(config)

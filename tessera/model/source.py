@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -42,7 +43,7 @@ def find_model(config: ModelConfig) -> ModelSource:
         folder = shape_folder(config.model)
         return ModelSource("folder", folder, _name(config, folder.name), random=True)
     path = Path(config.model).expanduser()
-    if config.model.strip() and path.exists():
+    if config.model.strip() and os.path.exists(path):  # False for a name that is too long, where Path.exists raises
         return _find_local(path, config)
     if _looks_like_path(config.model):
         raise ModelError(f"{config.model!r}: no such file or folder", "check --model")

@@ -19,7 +19,7 @@ from tessera.server import metrics
 from tessera.server.auth import RequireKey
 from tessera.server.chat import create_chat_completion
 from tessera.server.completions import create_completion
-from tessera.server.errors import json_response, on_tessera_error, on_unexpected, plain_error
+from tessera.server.errors import client_gone, json_response, on_tessera_error, on_unexpected, plain_error
 from tessera.server.replies import ModelCard, ModelList
 from tessera.server.service import Service
 from tessera.server.tokens import detokenize, tokenize, tokenizer_info
@@ -42,7 +42,7 @@ def build_app(service: Service, api_key: str | None = None) -> Starlette:
         Route("/v1/attention", attention),
         Route("/v1/status", status),
     ]
-    paths = frozenset(route.path for route in routes)
+    paths = frozenset(route.path for route in routes if "{" not in route.path)
     around = [Middleware(metrics.CountResponses, latency=service.client.latency, paths=paths)]
     if api_key is not None:
         around.append(Middleware(RequireKey, key=api_key))
@@ -60,7 +60,7 @@ def build_app(service: Service, api_key: str | None = None) -> Starlette:
 
 async def on_disconnect(_request: HttpRequest, _error: Exception) -> Response:
     """Starlette's handler for a client that leaves while it sends: nobody is there to read the answer."""
-    return Response(status_code=400)
+    return client_gone()
 
 
 async def on_http_error(request: HttpRequest, error: Exception) -> Response:

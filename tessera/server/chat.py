@@ -10,7 +10,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from tessera.errors import RequestError
-from tessera.server.errors import json_response
+from tessera.server.errors import client_gone, json_response
 from tessera.server.events import EventStream, unless_disconnected
 from tessera.server.generation import (
     Generation,
@@ -49,7 +49,7 @@ async def create_chat_completion(request: HttpRequest) -> Response:
         return EventStream(generation, writer.chunks())
     with generation:
         answer = await unless_disconnected(request.receive, writer.whole())
-    return json_response(answer)
+    return client_gone() if answer is None else json_response(answer)
 
 
 def _prepare(raw: bytes, service: Service) -> Job:

@@ -14,7 +14,7 @@ from tessera.config import EngineConfig, ServerConfig
 from tessera.errors import EngineDeadError, RequestError
 from tessera.log import logger
 from tessera.server import ipc
-from tessera.server.errors import TooManyRequestsError, UnavailableError
+from tessera.server.errors import ShutdownError, TooManyRequestsError, UnavailableError
 from tessera.server.latency import Latency
 from tessera.server.output_stream import OutputStream
 from tessera.types import EngineInfo, EngineStatus, Request
@@ -49,6 +49,7 @@ class EngineClient:
         self._last_heard = time.monotonic()
         self._hung: str | None = None
         self._ended: str | None = None
+        self._stopping: ShutdownError | None = None
         self._process: asyncio.subprocess.Process | None = None
         self.dead = asyncio.Event()
         self.status = EngineStatus()
@@ -101,9 +102,11 @@ class EngineClient:
     def admit(self, num_new: int) -> None:
         """Whether `num_new` more sequences may be sent now.
 
-        Raises UnavailableError when the engine is dead or hung, TooManyRequestsError when the queue is
-        full, and RequestError when even an empty one could not hold them.
+        Raises ShutdownError after `shut_down`, UnavailableError when the engine is dead or hung,
+        TooManyRequestsError when the queue is full, and RequestError when even an empty one could not hold them.
         """
+        if self._stopping:
+            raise ShutdownError(self._stopping.message)
         if problem := self.problem():
             raise UnavailableError(problem)
         limit = self.server.max_queued_requests
@@ -134,9 +137,14 @@ class EngineClient:
         self._streams.pop(request_id, None)
 
     def fail_all(self, failure: EngineDeadError) -> None:
-        """End every stream with this error."""
+        """End every stream with an error like this one."""
         for stream in list(self._streams.values()):
-            stream.fail(failure)
+            stream.fail(type(failure)(failure.message, failure.hint))  # one each, for each gets its own traceback
+
+    def shut_down(self) -> None:
+        """End every stream, and refuse whatever is opened from here on, because the server was told to stop."""
+        self._stopping = ShutdownError("the server is shutting down")
+        self.fail_all(self._stopping)
 
     async def stop(self) -> None:
         """End the process, by force if it does not answer, and remove the socket."""
@@ -191,7 +199,7 @@ class EngineClient:
             self.peak_pages = max(self.peak_pages, message.status.pages_total - message.status.pages_free)
             for output in message.outputs:
                 stream = self._streams.get(output.request_id)
-                if stream is not None and stream.put(output, self._last_heard):
+                if stream is not None and stream.put(output, message.at):
                     woken.append(stream)
         elif isinstance(message, ipc.Refused):
             if stream := self._streams.get(message.request_id):

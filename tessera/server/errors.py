@@ -64,6 +64,10 @@ STATUSES: tuple[tuple[type[TesseraError], int, str, str | None], ...] = (
 """Error class, HTTP status, type and code; the first that fits counts."""
 
 
+HEADERS = {429: {"retry-after": "1"}, 503: {"retry-after": "1"}, 415: {"accept-encoding": "identity"}}
+"""What goes with a status, beside the body."""
+
+
 def status_of(error: TesseraError) -> int:
     """The HTTP status of an error."""
     return next(status for kind, status, _, _ in STATUSES if isinstance(error, kind))
@@ -84,7 +88,7 @@ def json_response(body: object, status: int = 200, headers: Mapping[str, str] | 
 def error_response(error: TesseraError) -> Response:
     """The response to a request that failed with `error`."""
     status = status_of(error)
-    return json_response(reply_of(error), status, {"retry-after": "1"} if status in (429, 503) else None)
+    return json_response(reply_of(error), status, HEADERS.get(status))
 
 
 def plain_error(
@@ -93,6 +97,11 @@ def plain_error(
     """A response for an error that is not a TesseraError: 401, 404, 405 and the unexpected."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return json_response(ErrorReply(ErrorBody(message, kind, None, code)), status, headers)
+
+
+def client_gone() -> Response:
+    """What is answered where nobody reads it any more: 499, as nginx counts it."""
+    return Response(status_code=499)
 
 
 async def on_tessera_error(_request: HttpRequest, error: Exception) -> Response:

@@ -108,6 +108,7 @@ class Generation:
         self._num_prompt_tokens = sum([len(prompt.token_ids) for prompt in prompts])
         self.before_waiting: Callable[[], Awaitable[None]] | None = None
         """Called by `pieces` when all that is here has been given out and more is to come, perhaps long after."""
+        self._finished = client.latency.finished
         self._stream = client.open(_without_stops(self.requests))
 
     @property
@@ -144,6 +145,8 @@ class Generation:
         delta = self._texts[output.request_id].feed(output)
         if delta.abort:
             self._stream.stop(output.request_id, output.index)
+        if delta.finish_reason:
+            self._finished[delta.finish_reason] += 1
         return Piece(
             place * self.requests[place].params.n + output.index,
             delta.text,

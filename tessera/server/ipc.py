@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ class Report(msgspec.Struct, tag="report", frozen=True):
 
     status: EngineStatus
     outputs: list[Output] = []
+    at: float = msgspec.field(default_factory=time.monotonic)
+    """When, by the clock that all processes of a machine share."""
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):

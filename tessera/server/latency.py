@@ -31,7 +31,10 @@ class Histogram:
 
 
 class Latency:
-    """What one server's clients waited for, from when a request goes to the engine; written on one event loop."""
+    """How long the engine took, from when a request goes to it, by its own clock; written on one event loop.
+
+    What the API process takes to send tokens comes on top: it may be a few steps behind, and then sends them together.
+    """
 
     def __init__(self) -> None:
         self.first_token = Histogram(REQUEST_BOUNDS)
@@ -41,6 +44,6 @@ class Latency:
         self.sequence = Histogram(REQUEST_BOUNDS)
         """To the end of each sequence that ended by itself."""
         self.finished: Counter[FinishReason] = Counter()
-        """Sequences by how they ended; `abort`: left by the client, or given up by the engine."""
+        """Sequences by how their texts ended; `abort`: left by the client, refused or given up by the engine."""
         self.responses: Counter[tuple[str, int]] = Counter()
         """HTTP responses begun, by path and status."""

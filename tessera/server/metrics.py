@@ -34,13 +34,9 @@ COUNTERS = (
 )
 """Name without `_total`, help and field of EngineStatus."""
 HISTOGRAMS = (
-    (
-        "time_to_first_token_seconds",
-        "From when a request goes to the engine to a sequence's first token.",
-        "first_token",
-    ),
-    ("inter_token_seconds", "Between tokens of a sequence after its first.", "inter_token"),
-    ("sequence_seconds", "From when a request goes to the engine to the end of a sequence.", "sequence"),
+    ("time_to_first_token_seconds", "From a request's way to the engine to a sequence's first token.", "first_token"),
+    ("inter_token_seconds", "Between a sequence's tokens after its first, as the engine has them.", "inter_token"),
+    ("sequence_seconds", "From a request's way to the engine to a sequence's end, aborts left out.", "sequence"),
 )
 """Name, help and field of Latency."""
 
@@ -74,11 +70,13 @@ def _engine(client: EngineClient) -> Metric:
 
 
 def _counted(latency: Latency) -> Iterator[Metric]:
-    finished = CounterMetricFamily("tessera_sequences_finished", "Sequences that ended, by how.", labels=["reason"])
+    text = "Sequences that ended; abort: left by the client, refused or given up."
+    finished = CounterMetricFamily("tessera_sequences_finished", text, labels=["reason"])
     for reason in ("stop", "length", "abort"):
         finished.add_metric([reason], latency.finished[reason])
     yield finished
-    responses = CounterMetricFamily("tessera_http_responses", "Responses begun.", labels=["path", "status"])
+    text = "Responses of the routes; 499: the client left before there was one."
+    responses = CounterMetricFamily("tessera_http_responses", text, labels=["path", "status"])
     for (path, status), count in sorted(latency.responses.items()):
         responses.add_metric([path, str(status)], count)
     yield responses
@@ -105,11 +103,20 @@ class CountResponses:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on (ASGI)."""
-        path = scope["path"] if scope["path"] in self._paths else "other"
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path, begun = scope["path"] if scope["path"] in self._paths else "other", False
 
         async def counted(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 self._responses[path, message["status"]] += 1
             await send(message)
 
-        await self._app(scope, receive, counted)
+        try:
+            await self._app(scope, receive, counted)
+        except Exception:  # answered outside of every middleware
+            self._responses[path, 500] += not begun
+            raise

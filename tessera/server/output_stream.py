@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tessera.errors import EngineDeadError, TesseraError
 from tessera.text.outputs import joined
-from tessera.types import FinishReason, Output, Request
+from tessera.types import Output, Request
 
 if TYPE_CHECKING:
     from tessera.server.engine_client import EngineClient
@@ -30,7 +30,7 @@ class OutputStream:
         self._failure: TesseraError | None = None
         self._news = asyncio.Event()
         self._opened = time.monotonic()
-        self._last_tokens: dict[tuple[str, int], float] = {}
+        self._last_output: dict[tuple[str, int], float] = {}
         self.begun = False
         """Whether outputs have been here before."""
         client.num_unfinished += len(self._unfinished)
@@ -80,8 +80,8 @@ class OutputStream:
         for sequence, group in groups.items():
             if sequence not in self._unfinished:
                 continue
-            if reason := group[-1].finish_reason:
-                self._finish(sequence, reason)
+            if group[-1].finish_reason:
+                self._finish(sequence)
             outputs.append(joined(group))
         return outputs
 
@@ -89,26 +89,26 @@ class OutputStream:
         """End one sequence early: the engine frees it, and nothing more of it arrives here."""
         if (request_id, index) in self._unfinished:
             self._client.abort(request_id, index)
-            self._finish((request_id, index), "stop")
+            self._finish((request_id, index))
 
     def put(self, output: Output, at: float) -> bool:
-        """Hand in an output that came `at` (the client's receiver); whether the stream is to be woken for it."""
+        """Hand in an output of `at` (the client's receiver); whether the stream is to be woken for it."""
         if output.finish_reason == "abort":
             self.fail(EngineDeadError("the engine gave the request up"))
             return False
-        if output.token_ids:
-            self._count(output, at)
+        self._count(output, at)
         self._waiting.append(output)
         return len(self._waiting) == 1
 
     def _count(self, output: Output, at: float) -> None:
         sequence, num_tokens = (output.request_id, output.index), len(output.token_ids)
-        last = self._last_tokens.get(sequence)
-        if last is None:
-            self._client.latency.first_token.add(at - self._opened)
-        else:
-            self._client.latency.inter_token.add((at - last) / num_tokens, num_tokens)
-        self._last_tokens[sequence] = at
+        if num_tokens:
+            last = self._last_output.get(sequence)
+            if last is None:
+                self._client.latency.first_token.add(at - self._opened)
+            else:
+                self._client.latency.inter_token.add((at - last) / num_tokens, num_tokens)
+        self._last_output[sequence] = at
 
     def wake(self) -> None:
         """Let whoever waits for outputs take them."""
@@ -120,10 +120,9 @@ class OutputStream:
         self._failure = self._failure or failure
         self._news.set()
 
-    def _finish(self, sequence: tuple[str, int], reason: FinishReason) -> None:
+    def _finish(self, sequence: tuple[str, int]) -> None:
         self._unfinished.discard(sequence)
         self._client.num_unfinished -= 1
-        self._client.latency.finished[reason] += 1
-        self._client.latency.sequence.add(self._last_tokens.get(sequence, self._opened) - self._opened)
+        self._client.latency.sequence.add(self._last_output[sequence] - self._opened)
         if all(request_id != sequence[0] for request_id, _ in self._unfinished):
             self._client.release(sequence[0])

@@ -21,7 +21,6 @@ from tessera.model.source import ModelSource, find_model
 from tessera.server.app import build_app
 from tessera.server.connection import Connection
 from tessera.server.engine_client import PROGRAM, EngineClient
-from tessera.server.errors import ShutdownError
 from tessera.server.service import Service, max_token_characters
 from tessera.text.tokenizer import Tokenizer, load_tokenizer
 from tessera.types import EngineInfo
@@ -171,7 +170,7 @@ def _stop(http: HttpServer, client: EngineClient) -> None:
     logger.info("stopping")
     http.should_exit = True
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off from here on is cut off on purpose
-    asyncio.get_running_loop().call_later(wait, client.fail_all, ShutdownError("the server is shutting down"))
+    asyncio.get_running_loop().call_later(wait, client.shut_down)
 
 
 async def _end_after_death(http: HttpServer, client: EngineClient) -> None:

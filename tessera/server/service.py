@@ -72,9 +72,9 @@ def max_token_characters(tokenizer: Tokenizer) -> int:
 
 async def read_body(request: HttpRequest) -> bytes:
     """The body, if it is not too large: TooLargeError as soon as that is known. UnknownCodingError for a packed one."""
-    coding = request.headers.get("content-encoding", "identity")
-    if coding.lower() != "identity":
-        raise UnknownCodingError(f"a body with content-encoding {coding!r:.40} is not taken", "send it as it is")
+    codings = ",".join(request.headers.getlist("content-encoding"))
+    if {coding.strip().lower() for coding in codings.split(",")} - {"", "identity"}:
+        raise UnknownCodingError(f"a body with content-encoding {codings!r:.40} is not taken", "send it as it is")
     parts: list[bytes] = []
     size = int(request.headers.get("content-length") or 0)
     if size <= MAX_BODY_BYTES:

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from synthetic_rows import row, subject
+from synthetic_rows import row, subject, where
 from tessera.bench import benchmark
 from tessera.bench.benchmark import Done
+from tessera.bench.progress import TimeLeft
 from tessera.bench.provenance import command_line, provenance
 from tessera.bench.record import Kind, Record, read
 from tessera.commands.bench.command import run as run_command
@@ -68,6 +69,15 @@ def test_each_row_is_said_with_its_figure_and_the_time_that_is_left(
         "offline 2/3 naive w: output tok/s 12.34; about 35 s left",
         "offline 3/3 naive w: output tok/s 12.34",
     ]
+
+
+def test_rows_from_before_take_no_time_and_those_that_cannot_run_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tessera.bench.progress.time.monotonic", iter([0.0, 0.1, 60.0, 61.0]).__next__)
+    left = TimeLeft(9)
+    old, new = (replace(row("offline", subject("naive"), {}, {}), provenance=made) for made in (where(), provenance()))
+    assert left.after(old) == ""
+    assert left.after(new) == "; about 7 min left", "seven rows of 60 s"
+    assert left.after(replace(new, status="unavailable", reason="x")) == "; about 3 min left", "two rows took 61 s"
 
 
 def test_it_goes_on_where_it_stopped_as_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,9 +214,16 @@ def test_a_packed_body_is_refused_by_its_coding(server: ServerProcess) -> None:
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
         answer = server.http.post(path, content=packed, headers={"content-encoding": "gzip"})
         assert check_error(answer, 415, words="'gzip'")["code"] == "unsupported_content_encoding"
+        assert answer.headers["accept-encoding"] == "identity"
     body = b'{"prompt": "a", "max_tokens": 1}'
-    taken = server.http.post("/v1/completions", content=body, headers={"content-encoding": "Identity"})
-    assert taken.status_code == 200
+    for codings, status in (
+        (["Identity"], 200),
+        (["identity,identity", ""], 200),
+        (["identity", "gzip"], 415),
+        (["x,y"], 415),
+    ):
+        headers = [("content-encoding", coding) for coding in codings]
+        assert server.http.post("/v1/completions", content=body, headers=headers).status_code == status, codings
 
 
 def test_a_huge_prompt_is_refused_while_others_are_served(server: ServerProcess) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import psutil
@@ -21,7 +22,7 @@ import pytest
 
 from scripted_server import CRASH, EXIT, NONSENSE, REFUSE, SLEEP
 from server_process import SCRIPTED, SERVE, ServerProcess, check_error, wait_for
-from tessera.server.run import LINGER_SECONDS
+from tessera.server.run import DRAIN_SECONDS, LINGER_SECONDS
 
 Start = Callable[..., ServerProcess]
 
@@ -179,6 +180,25 @@ def test_a_second_ctrl_c_does_not_wait_for_what_runs(start_server: Start) -> Non
         assert "shutting down" in last and '"code":"shutting_down"' in last
     assert server.process.wait(3) == 0
     assert "Traceback" not in "".join(server.lines)
+
+
+def test_a_request_that_arrives_whole_only_after_the_time_to_finish_is_told_of_the_shutdown(
+    start_server: Start,
+) -> None:
+    server = start_server(scripted=True)
+    address = urlsplit(server.url)
+    body = json.dumps({"prompt": [5, 7], "max_tokens": 100}).encode()
+    with socket.create_connection((address.hostname, address.port)) as late:
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        late.sendall(head + body[:5])
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(DRAIN_SECONDS + 0.3)
+        late.sendall(body[5:])
+        late.settimeout(5)
+        answer = late.makefile("rb").read()
+    assert b" 503 " in answer.split(b"\r\n")[0] and b'"code":"shutting_down"' in answer
+    assert server.process.wait(5) == 0
 
 
 def test_what_keeps_the_engine_from_starting_is_said_in_a_sentence() -> None:
