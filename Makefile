@@ -4,7 +4,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 # Tests that another process may disturb: they measure no time.
 UNTIMED := $(patsubst %,tests/%,kernels model engine parity scheduler runner text test_cli.py test_start_up.py \
-  attention/test_attention_parity.py attention/test_tune_use.py attention/test_verify.py bench/test_peers.py \
+  attention/test_attention_parity.py attention/test_many_sequences.py attention/test_plugin_package.py \
+  attention/test_tune_use.py attention/test_verify.py bench/test_peers.py \
   bench/test_quality.py server/test_fields.py)
 
 .DEFAULT_GOAL := help

@@ -142,8 +142,8 @@ def test_any_number_of_programs_gives_the_same_tokens(size: int) -> None:
     first = tokens(logits, table)
     for programs in (1, 2, 5):
         assert tokens(logits, table, programs_per_row=programs) == first
-    # The interpreter takes long for many programs.
-    assert tokens(logits[1::2], table[1::2].contiguous(), programs_per_row=64) == first[1::2]
+    many = 64 if DEVICE == "cuda" else 16  # the interpreter takes long for them
+    assert tokens(logits[1::2], table[1::2].contiguous(), programs_per_row=many) == first[1::2]
 
 
 @needs_kernels
