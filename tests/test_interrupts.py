@@ -41,29 +41,29 @@ def test_an_interrupt_during_a_start_ends_it(seconds: float) -> None:
     assert time.monotonic() - sent < 10
 
 
+def said_by(code: str) -> str:
+    """What a process of this code writes."""
+    code = f"import os, signal\nfrom tessera.commands.interrupts import *\n{code}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True).stdout
+
+
 def test_commands_that_have_something_to_end_are_told() -> None:
     code = (
-        "import os, signal\n"
-        "from tessera.commands.interrupts import end_on_interrupt, raise_on_interrupt\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "end_on_interrupt()\n"
         "raise_on_interrupt()\n"
         "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    signal.pause()\n"
         "except KeyboardInterrupt:\n    print('raised')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
-    assert done.stdout == "raised\n"
+    assert said_by(code) == "raised\n"
 
 
 def test_where_interrupts_are_ignored_they_stay_so() -> None:
     """As a shell has it for what runs in the background."""
     code = (
-        "import os, signal\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        "from tessera.commands.interrupts import end_on_interrupt\n"
         "end_on_interrupt()\n"
         "os.kill(os.getpid(), signal.SIGINT)\n"
         "print('here')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
-    assert done.stdout == "here\n"
+    assert said_by(code) == "here\n"

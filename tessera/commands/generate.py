@@ -56,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace, params: SamplingParams) -> None:
     word = args.model_word
     if word is not None and any(map(str.isspace, word)) and not os.path.exists(os.path.expanduser(word)):
-        raise ConfigError(f"{word!r:.80} is no model, as a bare word is", "give a text with --prompt TEXT")
+        raise ConfigError(
+            f"{word!r:.80} names no model, for which a bare word is taken", "give a text with --prompt TEXT"
+        )
     if args.system is not None and not args.chat:
         raise RequestError("--system is part of a chat", "add --chat")
     if not args.json and (params.logprobs is not None or params.prompt_logprobs is not None):

@@ -34,7 +34,7 @@ def launch_problem(device: torch.device) -> str | None:
         swiglu(torch.zeros(1, 32, dtype=torch.float16, device=device))
         torch.cuda.synchronize(device)
     except Exception as error:  # not installed, no compiler, a driver too old: each raises something else
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        problem = _one_line(error)
         logger.warning("torch's operators serve in place of the fused kernels, for Triton fails: %s", problem)
         return problem
     return None
@@ -79,5 +79,9 @@ def _gate_up_runs(device: torch.device) -> bool:
 
 
 def _warn_of_gate_up(error: Exception) -> None:
-    problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    logger.warning("cuBLAS serves in place of the product with gate and up for Hopper, which fails: %s", problem)
+    reason = _one_line(error)
+    logger.warning("cuBLAS serves in place of the product with gate and up for Hopper, which fails: %s", reason)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

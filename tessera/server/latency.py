@@ -16,7 +16,7 @@ REQUEST_BOUNDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 2
 class Histogram:
     """Counts of seconds up to each of `bounds` and above the last, and their sum.
 
-    Written to for every token, so it is three operations: a library's costs three times as much with its locks.
+    Written to for every token, so it is three operations: a library's costs four times as much (docs/LOG.md).
     """
 
     def __init__(self, bounds: tuple[float, ...]) -> None:

@@ -34,9 +34,13 @@ COUNTERS = (
 )
 """Name without `_total`, help and field of EngineStatus."""
 HISTOGRAMS = (
-    ("time_to_first_token_seconds", "From a request's way to the engine to a sequence's first token.", "first_token"),
-    ("inter_token_seconds", "Between a sequence's tokens after its first, as the engine has them.", "inter_token"),
-    ("sequence_seconds", "From a request's way to the engine to a sequence's end, aborts left out.", "sequence"),
+    (
+        "time_to_first_token_seconds",
+        "Seconds from a request's sending to the engine to a sequence's first token.",
+        "first_token",
+    ),
+    ("inter_token_seconds", "Seconds between a sequence's tokens, by the engine's clock.", "inter_token"),
+    ("sequence_seconds", "Seconds from a request's sending to the engine to a sequence's end, no aborts.", "sequence"),
 )
 """Name, help and field of Latency."""
 

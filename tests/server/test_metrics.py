@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -26,17 +26,22 @@ from test_waiting_outputs import generation_of, with_client
 BODY: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 6, "ignore_eos": True, "temperature": 0}
 
 
-def read(server: ServerProcess) -> Counter[tuple[str, ...]]:
+def read(server: ServerProcess) -> dict[tuple[str, ...], float]:
     """Each sample by its name without `tessera_` and the values of its labels, in order of their names."""
     answer = server.http.get("/metrics")
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     samples = [sample for family in text_string_to_metric_families(answer.text) for sample in family.samples]
     assert all(sample.name.startswith("tessera_") for sample in samples)
-    found: Counter[tuple[str, ...]] = Counter()
+    found: dict[tuple[str, ...], float] = defaultdict(float)
     for sample in samples:
         labels = [sample.labels[name] for name in sorted(sample.labels)]
-        found[sample.name.removeprefix("tessera_"), *labels] = sample.value  # type: ignore[assignment]
+        found[sample.name.removeprefix("tessera_"), *labels] = sample.value
     return found
+
+
+def grown_since(before: dict[tuple[str, ...], float], server: ServerProcess) -> dict[tuple[str, ...], float]:
+    """By how much each sample has grown."""
+    return defaultdict(float, {key: value - before[key] for key, value in read(server).items()})
 
 
 def test_the_engine_its_model_and_the_backend_of_each_phase_are_told(server: ServerProcess) -> None:
@@ -56,8 +61,7 @@ def test_tokens_and_their_latencies_are_as_a_client_counts_them(server: ServerPr
     stopped = server.post("/v1/completions", BODY | {"max_tokens": 50, "stop": ["e"]}).json()
     assert stopped["choices"][0]["finish_reason"] == "stop"
     num_tokens = stopped["usage"]["completion_tokens"]
-    seconds, grown = time.monotonic() - begun, read(server)
-    grown.subtract(before)
+    seconds, grown = time.monotonic() - begun, grown_since(before, server)
     assert grown["sequences_finished_total", "length"] == 3 and grown["sequences_finished_total", "stop"] == 1
     assert grown["time_to_first_token_seconds_count",] == grown["sequence_seconds_count",] == 4
     assert grown["inter_token_seconds_count",] >= 10 + num_tokens - 1, "and what was computed before it was stopped"
@@ -80,8 +84,7 @@ def test_errors_are_counted_by_status_and_unknown_paths_as_one(server: ServerPro
     assert server.post("/v1/completions", {"prompt": 3}).status_code == 400
     for place in range(3):
         assert server.http.get(f"/nothing/{place}").status_code == 404
-    grown = read(server)
-    grown.subtract(before)
+    grown = grown_since(before, server)
     assert grown["http_responses_total", "/v1/completions", "400"] == 1
     assert grown["http_responses_total", "other", "404"] == 3
     assert grown["http_responses_total", "/metrics", "200"] == 1, "the reading before, which this one does not count"

@@ -88,12 +88,17 @@ def test_default_tokenizer_saved_as_a_folder_reads_the_same(smollm: Tokenizer, t
     assert tokenizer.special_token_ids == smollm.special_token_ids
 
 
-def test_folder_of_an_older_format_goes_through_transformers(tmp_path: Path, backend_json: str) -> None:
+def older_folder(tmp_path: Path, backend_json: str, model_type: str) -> ModelSource:
+    """A model whose tokenizer is in files that only transformers reads, without weights."""
     model = json.loads(backend_json)["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    source = make_folder(tmp_path, None, tokenizer_class="GPT2Tokenizer")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return make_folder(tmp_path, None, tokenizer_class="GPT2Tokenizer")
+
+
+def test_folder_of_an_older_format_goes_through_transformers(tmp_path: Path, backend_json: str) -> None:
+    source = older_folder(tmp_path, backend_json, "gpt2")
     tokenizer = load(source, load_format="dummy")
     assert tokenizer.decode(tokenizer.encode("hello worlds")) == "hello worlds"
     assert tokenizer.pieces.spelling is Spelling.BYTE_LEVEL
@@ -179,11 +184,7 @@ def test_a_broken_model_is_named_before_transformers_is_asked_for_its_tokenizer(
 
 
 def test_a_folder_asked_only_for_its_tokenizer_needs_no_weights(tmp_path: Path, backend_json: str) -> None:
-    model = json.loads(backend_json)["model"]
-    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
-    (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
-    (tmp_path / "config.json").write_text('{"model_type": "gemma2"}')
-    source = make_folder(tmp_path, None, tokenizer_class="GPT2Tokenizer")
+    source = older_folder(tmp_path, backend_json, "gemma2")
     assert load_tokenizer(source, ModelConfig(), computes=False).encode("hello")
 
 
