@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import pytest
@@ -102,6 +104,13 @@ def test_a_client_that_leaves_before_its_answer_is_a_499(server: ServerProcess) 
     with pytest.raises(httpx2.ReadTimeout):
         server.http.post("/v1/completions", json=BODY | {"max_tokens": 1500}, timeout=0.5)
     wait_for(lambda: read(server)["http_responses_total", "/v1/completions", "499"] == before + 1)
+
+
+def test_a_client_that_leaves_within_its_body_is_a_499(server: ServerProcess) -> None:
+    before, address = read(server)["http_responses_total", "/tokenize", "499"], urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port)) as leaving:
+        leaving.sendall(b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{")
+    wait_for(lambda: read(server)["http_responses_total", "/tokenize", "499"] == before + 1)
 
 
 def test_an_unexpected_failure_is_counted_as_a_500() -> None:
